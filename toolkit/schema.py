@@ -1,0 +1,537 @@
+"""Records: the frozen, plain values that cross modules or reach files.
+
+A record is built, passed on and written; nothing in it changes afterwards. `save_json` writes a file whole (to a
+neighbour, then renamed) and `load_json` refuses unknown fields, wrong types and another schema version. Tables are CSV
+through `rows_to_csv` and `rows_from_csv`. Units are part of every name: `_ns` nanoseconds, `_bytes` bytes, `_s` seconds;
+a share or an accuracy is a fraction from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from toolkit.errors import UsageError
+
+SCHEMA = 1
+
+GroupKind = Literal["conv", "neurons", "residual", "heads", "head_dim"]
+Category = Literal["critical", "neutral", "detrimental", "undecided"]
+Statistic = Literal["median", "p90", "p99"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Format = Literal["onnx", "openvino", "tensorrt"]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all records."""
+
+
+# --- request -------------------------------------------------------------------------------------------------------------
+
+
+class Preprocess(Record, frozen=True, kw_only=True):
+    """How an image becomes an input: resize the short side, centre crop, scale to 0..1, subtract `mean`, divide by `std`."""
+
+    input: tuple[int, int, int, int] = (1, 3, 224, 224)
+    resize: int = 0  # 0: no resize
+    crop: int = 0  # 0: the input's size
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class Budget(Record, frozen=True, kw_only=True):
+    """A latency budget: absolute in nanoseconds, or relative to the dense model measured in the same session."""
+
+    text: str
+    latency_ns: float = 0.0
+    ratio: float = 0.0
+
+
+class RunRequest(Record, frozen=True, kw_only=True):
+    """The whole of what `edgekit run` was asked. `preprocess` None: the model's own, where it has one."""
+
+    model: str
+    data: str
+    out: str
+    budget: Budget
+    profile: str = "local-onnxruntime"
+    weights: str = ""
+    eval_data: str = ""
+    classes: str = ""
+    preprocess: Preprocess | None = None
+    statistic: Statistic = "median"
+    method: Literal["causal", "cswap", "taylor", "l1", "l2", "random"] = "causal"
+    repair: bool = True
+    samples: int = 512
+    seed: int = 0
+    threads: int = 1
+    precision: Precision = "fp32"
+    keep: tuple[str, ...] = ()
+    min_width: int = 1
+    rounds: int = 0  # 0: chosen by the budget
+    dry_run: bool = False
+
+
+# --- model -> graph -------------------------------------------------------------------------------------------------
+
+
+class Place(Record, frozen=True, kw_only=True):
+    """One place where a channel group is sliced: `parameter` along `axis`, `elements` entries a channel, adjacent or scattered."""
+
+    parameter: str
+    axis: int
+    elements: int
+
+
+class ChannelGroup(Record, frozen=True, kw_only=True):
+    """Channels that must be removed together.
+
+    `width` channels before pruning; `floor` is the least width a plan may leave (0: the whole branch may go).
+    `producers` make the channels, `consumers` mix them; both are node names of the traced program.
+    """
+
+    name: str
+    kind: GroupKind
+    width: int
+    floor: int
+    places: tuple[Place, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    prunable: bool = True
+    reason: str = ""
+
+
+class DimForm(Record, frozen=True, kw_only=True):
+    """A dimension as a function of the plan: const + sum of elements x width over `terms` (group name, elements a channel)."""
+
+    const: int
+    terms: tuple[tuple[str, int], ...] = ()
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """The dimension at these group widths."""
+        return self.const + sum(elements * widths[name] for name, elements in self.terms)
+
+
+# --- latency table ----------------------------------------------------------------------------------------------------
+
+
+class Fingerprint(Record, frozen=True, kw_only=True):
+    """What a latency is a property of. Two tables mix only when every field agrees."""
+
+    device: str
+    runtime: str
+    runtime_version: str
+    precision: Precision
+    threads: int
+    batch: int
+    instruction_set: str
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that identify the fingerprint."""
+        import hashlib
+
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:12]
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """A hardware profile: one way to run a model on one device. `hw_profiles/<id>/profile.json`."""
+
+    schema: int = SCHEMA
+    id: str
+    device: str
+    runtime: Literal["onnxruntime", "openvino", "simulated"]
+    format: Format
+    precision: Precision = "fp32"
+    threads: int = 1
+    batch: int = 1
+    channel_step: int = 0  # 0: probed on the device
+    description: str = ""
+
+
+class TableRow(Record, frozen=True, kw_only=True):
+    """One measured point of a kernel inside whole networks: `key` as the runtime executes it, at (`c_in`, `c_out`)."""
+
+    key: str
+    c_in: int
+    c_out: int
+    latency_ns: float  # median over networks, profiler time normalised by the reference
+    iqr_ns: float
+    n: int
+    ratio: float  # latency_ns / reference latency
+    measured_at: str
+
+
+class TableHeader(Record, frozen=True, kw_only=True):
+    """The JSON beside a table's CSV: whose table it is and how far to believe it."""
+
+    schema: int = SCHEMA
+    fingerprint: Fingerprint
+    reference_ns: float
+    created_at: str
+    rows_sha256: str
+    networks: int
+
+
+class HeldOut(Record, frozen=True, kw_only=True):
+    """Predicted against measured latency on networks that were not used for fitting."""
+
+    networks: int
+    mape: float
+    bias: float
+    spearman: float
+
+
+class TableSummary(Record, frozen=True, kw_only=True):
+    """What the report says of the table that was used."""
+
+    id: str
+    rows: int
+    coverage: float  # share of the dense latency whose kernels have rows
+    held_out: HeldOut
+
+
+# --- effects -> plan ------------------------------------------------------------------------------------------------
+
+
+class Effect(Record, frozen=True, kw_only=True):
+    """Causal effect of removing one channel: mean paired change over the calibration set, with its 95 % interval.
+
+    `effect` is on the relative scale (p_n - p) / max(p, eps); `effect_logodds` on the log-odds. `source` says whether the
+    channel was really removed (`intervention`) or screened by its gradient estimate (`gradient`).
+    """
+
+    group: str
+    channel: int
+    effect: float
+    effect_logodds: float
+    ci_low: float
+    ci_high: float
+    q_value: float
+    category: Category
+    source: Literal["intervention", "gradient"]
+
+
+class Response(Record, frozen=True, kw_only=True):
+    """What a group's predictions lose at one width: `distortion` is E|f_w - f|^2 / E|f - E f|^2 over calibration images."""
+
+    group: str
+    width: int
+    distortion: float
+    agreement: float
+    order: str
+    repaired: bool
+    round: int
+
+
+class CategoryCounts(Record, frozen=True, kw_only=True):
+    critical: int = 0
+    neutral: int = 0
+    detrimental: int = 0
+    undecided: int = 0
+
+
+class GroupPlan(Record, frozen=True, kw_only=True):
+    """Decision for one group: `kept` lists the surviving channel indices in ascending order; empty drops the branch."""
+
+    name: str
+    kind: GroupKind
+    width_before: int
+    width_after: int
+    kept: tuple[int, ...]
+    removed: CategoryCounts = CategoryCounts()
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """Everything surgery needs, and why it was chosen."""
+
+    schema: int = SCHEMA
+    model: str
+    method: str
+    seed: int
+    profile: str
+    table: str
+    dense_ns: float
+    budget_ns: float
+    target_ns: float
+    predicted_ns: float
+    optimality_gap: float
+    rounds: int
+    groups: tuple[GroupPlan, ...]
+
+
+# --- artefact -> measurement ------------------------------------------------------------------------------------------
+
+
+class Shape(Record, frozen=True, kw_only=True):
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+class Parity(Record, frozen=True, kw_only=True):
+    """Agreement of one step's output with the PyTorch program: max |a - b| over max |b|, per kind of input."""
+
+    step: str
+    inputs: str
+    max_relative_error: float
+    tolerance: float
+
+
+class Artefact(Record, frozen=True, kw_only=True):
+    """A deliverable file (for OpenVINO the .xml; its .bin is in `companions`), with what was read back from it."""
+
+    path: str
+    role: Literal["dense", "pruned"]
+    format: Format
+    sha256: str
+    size_bytes: int
+    companions: tuple[tuple[str, str], ...] = ()  # (relative path, sha256)
+    opset: int = 0
+    precision: Precision
+    executed_precision: str
+    executed_precision_read_from: str
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    parity: tuple[Parity, ...]
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """`manifest.json`: the artefacts of a run and the hashes of the files that explain them."""
+
+    schema: int = SCHEMA
+    artefacts: tuple[Artefact, ...]
+    plan_sha256: str
+    weights_sha256: str
+    program_sha256: str
+    profile: Profile
+    fingerprint: Fingerprint
+    versions: dict[str, str]
+
+
+class Load(Record, frozen=True, kw_only=True):
+    """What else the machine was doing: shares of time over the measurement; -1 where the kernel does not say."""
+
+    cpu_pressure: float = -1.0
+    steal: float = -1.0
+    run_queue: float = -1.0
+
+
+class Measurement(Record, frozen=True, kw_only=True):
+    """Latency of one artefact, with its raw samples. `rounds_ns[r]` are the samples of round r, in the order taken."""
+
+    schema: int = SCHEMA
+    artefact: str
+    sha256: str
+    scope: str  # what is inside the timed region
+    statistic: Statistic
+    latency_ns: float
+    median_ns: float
+    p90_ns: float | None
+    p99_ns: float | None
+    samples: int
+    warmup: int
+    rounds_ns: tuple[tuple[int, ...], ...]
+    split_half: float  # |median(even rounds) - median(odd rounds)| / median
+    drift: float  # change of the reference over the session, relative
+    load: Load
+    executed_precision: str
+    fresh_process: bool
+    measured_at: str
+    valid: bool
+    invalid_reasons: tuple[str, ...]
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """Two artefacts timed interleaved (A B B A). `ratio`: statistic of B over that of A, 95 % bootstrap interval over rounds."""
+
+    schema: int = SCHEMA
+    dense: Measurement
+    pruned: Measurement
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    pruned_ci95_ns: tuple[float, float]
+
+
+# --- report -------------------------------------------------------------------------------------------------------------
+
+
+class Iteration(Record, frozen=True, kw_only=True):
+    """One turn of the closed loop: what was aimed at, predicted and measured."""
+
+    target_ns: float
+    predicted_ns: float
+    measured_ns: float
+    ratio: float
+    scale: float
+
+
+class GroupReport(Record, frozen=True, kw_only=True):
+    name: str
+    kind: GroupKind
+    width_before: int
+    width_after: int
+    effect_mean: float
+    effect_ci95: tuple[float, float]
+    categories: CategoryCounts
+    removed: CategoryCounts
+    responses: tuple[Response, ...] = ()
+
+
+class KernelTime(Record, frozen=True, kw_only=True):
+    """Profiled time of one place of the network, dense and pruned; `note` says what a cut bought or why it did not."""
+
+    name: str
+    key: str
+    dense_ns: float
+    pruned_ns: float
+    note: str = ""
+
+
+class Report(Record, frozen=True, kw_only=True):
+    """`report.json`: the answer, what it cost, and whether to believe it."""
+
+    schema: int = SCHEMA
+    verdict: Literal["met", "missed"]
+    valid: bool
+    invalid_reasons: tuple[str, ...]
+    model: str
+    method: str
+    profile: str
+    runtime: str
+    budget: str  # as the user wrote it
+    budget_ns: float
+    statistic: Statistic
+    dense_ns: float
+    measured_ns: float
+    measured_ci95_ns: tuple[float, float]
+    predicted_ns: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    accuracy_dense: float | None
+    accuracy_pruned: float | None
+    accuracy_change_ci95: tuple[float, float] | None
+    agreement: float
+    evaluation_images: int
+    calibration_images: int
+    parameters_dense: int
+    parameters_pruned: int
+    macs_dense: int
+    macs_pruned: int
+    size_dense_bytes: int
+    size_pruned_bytes: int
+    prunable_macs_share: float
+    floor_ns: float
+    optimality_gap: float
+    iterations: tuple[Iteration, ...]
+    table: TableSummary
+    groups: tuple[GroupReport, ...]
+    unprunable: tuple[tuple[str, str], ...]  # (group, reason)
+    critical_removed: int
+    kernels: tuple[KernelTime, ...]
+    proof_max_relative_error: float
+    repair: str  # what the repair did, and what was kept
+    wall_s: dict[str, float]
+    seed: int
+    environment: dict[str, str]
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+R = TypeVar("R", bound=Record)
+
+
+def to_json(record: Record) -> str:
+    """The record as indented JSON with a final newline; `from_json` gives an equal record back.
+
+    Raises:
+        ValueError: a value that would not come back, such as nan, which JSON cannot hold.
+    """
+    encoded = msgspec.json.encode(record)
+    try:
+        msgspec.json.decode(encoded, type=type(record))
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{type(record).__name__} has a value that cannot be written: {error}") from None
+    return msgspec.json.format(encoded, indent=1).decode() + "\n"
+
+
+def from_json(kind: type[R], text: str | bytes, source: str = "text") -> R:
+    """Parse and check one record.
+
+    Raises:
+        UsageError: truncated JSON, an unknown or missing field, a wrong type, another schema version.
+    """
+    try:
+        record = msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{source} is not a valid {kind.__name__} record: {error}.", "Remove the file and run the step that writes it again."
+        ) from None
+    version = getattr(record, "schema", SCHEMA)
+    if version != SCHEMA:
+        raise UsageError(
+            f"{source} has schema {version}; this edgekit reads schema {SCHEMA}.",
+            "Run the step that writes it again with this version.",
+        )
+    return record
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: into a temporary neighbour, then renamed over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_json(path: Path, record: Record) -> None:
+    """Write one record as a file, whole."""
+    write_text(path, to_json(record))
+
+
+def load_json(kind: type[R], path: Path) -> R:
+    """Read one record from a file; errors as `from_json`, and UsageError where the file is missing."""
+    try:
+        return from_json(kind, path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.", "Run the step that writes it first (see `edgekit --help`).") from None
+
+
+def rows_to_csv(kind: type[R], rows: Iterable[R]) -> str:
+    """Flat records as CSV with a header line."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(kind.__struct_fields__)
+    for row in rows:
+        writer.writerow([getattr(row, name) for name in kind.__struct_fields__])
+    return stream.getvalue()
+
+
+def rows_from_csv(kind: type[R], text: str, source: str = "text") -> list[R]:
+    """Parse flat records from CSV; UsageError names the line that does not fit."""
+    reader = csv.reader(io.StringIO(text))
+    if next(reader, None) != list(kind.__struct_fields__):
+        raise UsageError(f"{source} does not start with the columns of {kind.__name__}.", "Run the step that writes it again.")
+    rows: list[R] = []
+    for cells in reader:
+        try:
+            fields: dict[str, Any] = dict(zip(kind.__struct_fields__, cells, strict=True))
+            rows.append(msgspec.convert(fields, type=kind, strict=False))
+        except (ValueError, msgspec.ValidationError) as error:
+            raise UsageError(f"{source}, line {reader.line_num}: {error}.", "Run the step that writes it again.") from None
+    return rows
