@@ -83,7 +83,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
 
 
 class Place(Record, frozen=True, kw_only=True):
-    """One place where a channel group is sliced: `parameter` along `axis`, `elements` entries a channel, adjacent or scattered."""
+    """One place where a channel group is sliced: `parameter` along `axis`, `elements` entries a channel, together or apart."""
 
     parameter: str
     axis: int

@@ -1,0 +1,1 @@
+"""Data only: one folder a hardware profile. `toolkit.profiles` reads it."""

@@ -1,0 +1,54 @@
+"""Small ONNX networks with the places where runtimes fuse, pad and reorder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+def residual(path: Path, widths: Sequence[int] = (16, 12, 20), size: int = 24) -> Path:
+    """Residual blocks with strided 1 x 1 shortcuts, a depthwise convolution with Clip, then pooling and a linear layer.
+
+    Widths that are no multiple of a vector's length make runtimes pad or change layouts.
+    """
+    generator = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    weights: dict[str, np.ndarray] = {"low": np.float32(0).reshape(()), "high": np.float32(6).reshape(())}
+
+    def add(operator: str, inputs: list[str], name: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(operator, inputs, [f"{name}_out"], name=name, **attributes))
+        return f"{name}_out"
+
+    def conv(source: str, name: str, c_in: int, c_out: int, kernel: int, stride: int = 1, group: int = 1) -> str:
+        shape = (c_out, c_in // group, kernel, kernel)
+        scale = np.float32((2 / np.prod(shape[1:])) ** 0.5)
+        weights[f"{name}.weight"] = generator.standard_normal(shape).astype(np.float32) * scale
+        weights[f"{name}.bias"] = generator.standard_normal(c_out).astype(np.float32)
+        pads = [kernel // 2] * 4
+        return add("Conv", [source, f"{name}.weight", f"{name}.bias"], name, pads=pads, strides=[stride] * 2, group=group)
+
+    tensor, channels = "x", 3
+    for index, width in enumerate(widths):
+        inner = add("Relu", [conv(tensor, f"b{index}.conv1", channels, width, 3, 2)], f"b{index}.relu1")
+        inner = conv(inner, f"b{index}.conv2", width, width, 3)
+        shortcut = conv(tensor, f"b{index}.shortcut", channels, width, 1, 2)
+        tensor = add("Relu", [add("Add", [inner, shortcut], f"b{index}.add")], f"b{index}.relu2")
+        channels = width
+    tensor = add("Clip", [conv(tensor, "depthwise", channels, channels, 3, group=channels), "low", "high"], "clip")
+    tensor = add("Flatten", [add("GlobalAveragePool", [tensor], "pool")], "flatten")
+    weights["linear.weight"] = generator.standard_normal((10, channels)).astype(np.float32)
+    weights["linear.bias"] = np.zeros(10, np.float32)
+    tensor = add("Gemm", [tensor, "linear.weight", "linear.bias"], "linear", transB=1)
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, size, size])],
+        [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, [1, 10])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path

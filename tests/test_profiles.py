@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit import profiles
+from toolkit.errors import UsageError
+from toolkit.schema import Fingerprint, Profile, save_json
+
+HW_PROFILES = Path(__file__).resolve().parent.parent / "hw_profiles"
+
+X86 = """processor\t: 0
+model name\t: Example CPU @ 3.00GHz
+cpu family\t: 6
+model\t\t: 143
+stepping\t: 8
+flags\t\t: fpu sse2 avx avx2 fma avx512f avx512_vnni amx_tile amx_int8
+
+processor\t: 1
+model name\t: Another
+flags\t\t: fpu
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n"
+
+
+def own_profile(folder: Path, **changes: object) -> Path:
+    record = msgspec.structs.replace(profiles.load("local-onnxruntime"), id="bench-board", **changes)
+    save_json(folder / "profile.json", record)
+    return folder
+
+
+def test_the_bundled_profiles_are_named_after_their_folders() -> None:
+    assert [profile.id for profile in profiles.list_profiles()] == ["local-onnxruntime", "local-openvino"]
+    for profile in profiles.list_profiles():
+        assert profiles.load(profile.id) == profile
+        assert profiles.load(str(HW_PROFILES / profile.id)) == profile
+        assert (profile.device, profile.threads) == ("local", 1)
+
+
+def test_a_path_is_a_folder_or_its_file(tmp_path: Path) -> None:
+    folder = own_profile(tmp_path / "board", threads=4)
+    assert profiles.load(str(folder)) == profiles.load(str(folder / "profile.json"))
+    assert profiles.load(str(folder)).threads == 4
+
+
+def test_a_known_id_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_profile(tmp_path / "local-openvino")
+    monkeypatch.chdir(tmp_path)
+    assert profiles.load("local-openvino").id == "local-openvino"
+    assert profiles.load("./local-openvino").id == "bench-board"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "local", "..", "nowhere/profile.json", "local-onnxruntime/../local-openvino", "__init__.py"]
+)
+def test_an_unknown_name_is_refused_with_the_known_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        profiles.load(name)
+    assert "local-onnxruntime, local-openvino" in caught.value.message
+    assert "edgekit profiles" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": "../up"}, {"id": "a..b"}, {"id": ""}, {"id": "A"}, {"threads": 0}, {"batch": 0}, {"channel_step": -1}]
+)
+def test_a_profile_that_would_fail_later_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    record = msgspec.structs.replace(profiles.load("local-onnxruntime"), **change)
+    save_json(tmp_path / "profile.json", record)
+    with pytest.raises(UsageError, match=r"profile\.json"):
+        profiles.load(str(tmp_path))
+
+
+def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text('{"schema": 1, "id": "board"')
+    with pytest.raises(UsageError, match=r"profile\.json is not a valid Profile"):
+        profiles.load(str(tmp_path))
+
+
+def test_every_part_of_a_fingerprint_changes_its_id() -> None:
+    profile = profiles.load("local-onnxruntime")
+    base = profiles.fingerprint(profile, "1.0")
+    assert base == profiles.fingerprint(profile, "1.0")
+    others = {
+        profiles.fingerprint(profile, "1.1").id,
+        *(
+            profiles.fingerprint(msgspec.structs.replace(profile, **change), "1.0").id
+            for change in ({"threads": 2}, {"batch": 2}, {"precision": "fp16"}, {"runtime": "openvino"})
+        ),
+        msgspec.structs.replace(base, device="another").id,
+        msgspec.structs.replace(base, instruction_set="").id,
+    }
+    assert len(others) == 7 and base.id not in others
+
+
+def test_what_latency_does_not_depend_on_leaves_the_fingerprint_alone() -> None:
+    profile = profiles.load("local-onnxruntime")
+    renamed = msgspec.structs.replace(profile, id="mine", description="mine", channel_step=8)
+    assert profiles.fingerprint(renamed, "1.0") == profiles.fingerprint(profile, "1.0")
+
+
+def test_another_device_is_not_described_by_this_one() -> None:
+    profile = msgspec.structs.replace(profiles.load("local-onnxruntime"), device="ssh://user@board")
+    with pytest.raises(UsageError, match="ssh://user@board"):
+        profiles.fingerprint(profile, "1.0")
+    simulated = msgspec.structs.replace(profile, device="staircase", runtime="simulated")
+    assert profiles.fingerprint(simulated, "1.0").device == "staircase"
+
+
+def test_x86_is_described_by_model_numbers_and_instruction_sets() -> None:
+    name, instructions = profiles.describe_cpu(X86, "", "x86_64")
+    assert name == "Example CPU @ 3.00GHz (cpu family 6, model 143, stepping 8) x86_64"
+    assert instructions == "avx2 fma avx512f avx512_vnni amx_tile amx_int8"
+
+
+def test_arm_is_described_by_the_board_and_part_numbers() -> None:
+    name, instructions = profiles.describe_cpu(ARM, "Example Board Rev 1.1\0", "aarch64")
+    assert name == "Example Board Rev 1.1 (CPU implementer 0x41, CPU part 0xd42) aarch64"
+    assert instructions == "asimd asimdhp asimddp"
+
+
+@given(st.text())
+def test_any_cpuinfo_gets_a_name(text: str) -> None:
+    name, instructions = profiles.describe_cpu(text, "", "riscv64")
+    assert name.endswith(" riscv64") and len(name) > len(" riscv64")
+    assert set(instructions.split()) <= set(profiles.INSTRUCTION_SETS)
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore it
+    monkeypatch.delenv("EDGEKIT_CACHE", raising=False)
+    assert profiles.cache_dir() == tmp_path / ".cache" / "edgekit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert profiles.cache_dir() == tmp_path / "xdg" / "edgekit"
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "mine"))
+    assert profiles.cache_dir() == tmp_path / "mine"
+    assert not any(tmp_path.iterdir())
+
+
+def test_tables_of_different_fingerprints_are_in_different_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    prints: list[Fingerprint] = [profiles.fingerprint(profile, "1.0") for profile in profiles.list_profiles()]
+    folders = {profiles.table_dir(print_) for print_ in prints}
+    assert len(folders) == 2
+    assert all(tmp_path in folder.parents for folder in folders)
+
+
+def test_profiles_are_found_wherever_the_package_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the data package at another place, as an installation makes it, is what is read."""
+    shutil.copytree(HW_PROFILES, tmp_path / "hw_profiles")
+    save_json(
+        tmp_path / "hw_profiles" / "extra" / "profile.json", msgspec.structs.replace(profiles.load("local-openvino"), id="extra")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import sys
+
+    monkeypatch.delitem(sys.modules, "hw_profiles", raising=False)
+    assert [profile.id for profile in profiles.list_profiles()] == ["extra", "local-onnxruntime", "local-openvino"]
+    assert isinstance(profiles.load("extra"), Profile)

@@ -1,0 +1,50 @@
+"""The latency budget as people write it, and times as they read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from toolkit.errors import UsageError
+from toolkit.schema import Budget
+
+_NANOSECONDS = {"ns": 1.0, "us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
+_WRITTEN = re.compile(
+    r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf))\s*(ns|us|µs|μs|ms|s|x)?", re.IGNORECASE
+)
+_EXAMPLES = "Write a time as 8ms, 350us or 1.5s, or a share of the dense model's latency as 0.5x."
+
+
+def parse_budget(text: str) -> Budget:
+    """`8ms`, `350us`, `1.5s`: a time; `0.5x`: a share, over 0 and at most 1, of the dense model's latency.
+
+    Raises:
+        UsageError: malformed, without a unit, not positive, not finite, or a share over 1.
+    """
+    text = text.strip()
+    found = _WRITTEN.fullmatch(text)
+    if not found:
+        raise UsageError(f"The budget {text!r} is not a time or a share.", _EXAMPLES)
+    value, unit = float(found[1]), (found[2] or "").lower()
+    if not math.isfinite(value) or value <= 0:
+        raise UsageError(f"The budget {text} is not a positive, finite number.", _EXAMPLES)
+    if not unit:
+        share = found[1] if value < 1 else "0.8"
+        raise UsageError(f"The budget {text} has no unit.", f"Write {found[1]}ms or {share}x.")
+    if unit != "x":
+        return Budget(text=text, latency_ns=value * _NANOSECONDS[unit])
+    if value > 1:
+        raise UsageError(
+            f"The budget {text} allows more time than the dense model takes; nothing needs pruning for that.", _EXAMPLES
+        )
+    return Budget(text=text, ratio=value)
+
+
+def format_time(latency_ns: float) -> str:
+    """Three significant digits and the unit that needs the fewest: `350 ns`, `12.3 us`, `7.81 ms`, `1.50 s`."""
+    for unit in ("ns", "us", "ms", "s"):
+        value = latency_ns / _NANOSECONDS[unit]
+        if abs(value) < 999.5:
+            break
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f} {unit}"

@@ -1,0 +1,74 @@
+"""From a program to an ONNX file, simplified, with what was written read back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.errors import ModelError
+from toolkit.graph import Program
+from toolkit.graph.program import first_line
+
+OPSET = 20
+EXTERNAL_BYTES = int(1.8e9)  # protobuf ends at 2 GiB
+
+
+def to_onnx(program: Program, opset: int = OPSET) -> Any:
+    """The program as an `onnx.ModelProto` with batch 1, simplified by onnxsim where that removes nodes.
+
+    Raises:
+        ModelError: the exporter refuses an operator, or wrote another opset than asked.
+    """
+    example = program.example[:1]
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                program.module, (example,), dynamo=True, input_names=["input"], opset_version=opset, verbose=False, optimize=True
+            )
+        assert exported is not None
+        model = exported.model_proto
+    except Exception as error:
+        raise ModelError(f"torch.onnx cannot export this model: {first_line(error)}.", "Try a newer torch, or report the model.") from error
+    finally:
+        quiet.setLevel(level)
+    return checked_opset(simplified(model), opset)
+
+
+def simplified(model: Any) -> Any:
+    """onnxsim's result where it has fewer nodes, else the model as it is."""
+    if model.ByteSize() > EXTERNAL_BYTES // 4:  # onnxsim copies the whole model several times
+        return model
+    import onnxsim
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        smaller, equal = onnxsim.simplify(model)
+    return smaller if equal and len(smaller.graph.node) < len(model.graph.node) else model
+
+
+def checked_opset(model: Any, opset: int) -> Any:
+    written = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if written != opset:
+        raise ModelError(f"The exporter wrote opset {written} where {opset} was asked.", "Ask for the opset it writes, or update torch.")
+    return model
+
+
+def save_onnx(model: Any, path: Path, metadata: dict[str, str]) -> None:
+    """Write the file, with `metadata` in its properties and external data only above 1.8 GB."""
+    import onnx
+
+    del model.metadata_props[:]
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    large = model.ByteSize() > EXTERNAL_BYTES
+    onnx.save(model, str(path), save_as_external_data=large, location=path.name + ".data" if large else None)

@@ -1,0 +1,27 @@
+"""The pruned program as files that load without edgekit: `.pt2` and safetensors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from toolkit.graph import Program
+
+
+def save_program(program: Program, path: Path) -> None:
+    """`torch.export` archive; runs any batch size where the model allows it."""
+    shapes = None if program.batch else ({0: torch.export.Dim.AUTO},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(program.module, (program.example,), dynamic_shapes=shapes, strict=False)
+        torch.export.save(exported, path)
+
+
+def save_weights(program: Program, path: Path) -> None:
+    """Parameters and buffers under the original model's names."""
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().contiguous().clone() for name, value in program.module.state_dict().items()}
+    save_file(state, path)

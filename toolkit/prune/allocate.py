@@ -1,0 +1,281 @@
+"""Allocation: one width per channel group, by integer programming.
+
+With z_ga = 1 where group g takes its width a, the program is
+
+    minimise    sum_g sum_a loss_g(a) z_ga
+    subject to  sum_a z_ga = 1 for each g,    overhead + sum_s cost_s(c_in, c_out) <= budget
+
+Costs are joint in the widths on both sides of a place. Those of one group are linear in z. Those of several groups take one
+variable per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. Where a sum of many groups
+(a concatenation, a stream that grows) makes too many combinations, the cost is taken as affine in that sum c for each value
+k of the other side: alpha_k [k] + beta_k y_k with y_k = c [k], sum_k y_k = c.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.errors import BudgetError
+from toolkit.schema import ChannelGroup, DimForm
+
+MAX_COMBINATIONS = 2000
+MAX_TOTALS = 64  # values of a sum of groups that get a variable each
+TIE_BREAK = 1e-5  # worth of the whole budget, as a share of the largest loss
+CORRECTIONS = 4
+TOLERANCE = 1e-6  # of the solver, on the budget
+
+Widths = Mapping[str, int]
+Column = int
+Expression = dict[Column, float]
+
+
+class SiteCost(Protocol):
+    """What one place of the network costs at its channels in and out, in nanoseconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def c_in(self) -> DimForm: ...
+    @property
+    def c_out(self) -> DimForm: ...
+
+    def cost(self, c_in: int, c_out: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A width for every group, its predicted latency and summed loss, and how far from optimal it may be (0: proven)."""
+
+    widths: dict[str, int]
+    predicted_ns: float
+    loss: float
+    optimality_gap: float
+
+
+def allocate(
+    groups: Sequence[ChannelGroup],
+    candidates: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Mapping[int, float]],
+    sites: Sequence[SiteCost],
+    overhead_ns: float,
+    budget_ns: float,
+    *,
+    time_limit_s: float = 20.0,
+) -> Allocation:
+    """Widths of least summed loss within the budget; of equal losses, the faster.
+
+    A group without candidates keeps its width. A candidate without a loss costs nothing.
+
+    Raises:
+        BudgetError: no widths are fast enough; carries the floor.
+    """
+    choices = _choices(groups, candidates)
+    program = _Program(choices, sites, overhead_ns)
+    weights = program.loss_vector(losses)
+    scale = float(np.abs(weights).max()) or 1.0
+    objective = weights / scale + TIE_BREAK * program.latency / max(budget_ns, 1.0)
+    allowed = budget_ns
+    for _ in range(CORRECTIONS):
+        found = program.solve(objective, allowed, time_limit_s)
+        if found is None:
+            break
+        widths, gap = found
+        predicted = latency_ns(sites, overhead_ns, widths)
+        if predicted <= budget_ns * (1 + 2 * TOLERANCE):
+            return Allocation(widths, predicted, _loss(losses, widths), gap)
+        allowed -= predicted - budget_ns + TOLERANCE * budget_ns  # the affine part was too hopeful here
+    fastest = floor(groups, candidates, losses, sites, overhead_ns, time_limit_s=time_limit_s)
+    if fastest.predicted_ns <= budget_ns:
+        return Allocation(fastest.widths, fastest.predicted_ns, fastest.loss, 1.0)
+    smallest = fastest.predicted_ns
+    raise BudgetError(
+        f"No plan reaches {budget_ns / 1e6:.4g} ms: the fastest network that pruning can make takes {smallest / 1e6:.4g} ms.",
+        f"The smallest budget that works is --budget {math.ceil(smallest / 1e3)}us.",
+        floor_ns=smallest,
+        smallest_budget_ns=smallest,
+    )
+
+
+def floor(
+    groups: Sequence[ChannelGroup],
+    candidates: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Mapping[int, float]],
+    sites: Sequence[SiteCost],
+    overhead_ns: float,
+    *,
+    time_limit_s: float = 20.0,
+) -> Allocation:
+    """The fastest network the candidates allow, whatever it loses."""
+    program = _Program(_choices(groups, candidates), sites, overhead_ns)
+    found = program.solve(program.latency / float(np.abs(program.latency).max() or 1.0), math.inf, time_limit_s)
+    if found is None:  # stopped before the first solution: narrow everything, which always fits the candidates
+        found = {name: min(widths) for name, widths in program.choices.items()}, 1.0
+    widths, gap = found
+    return Allocation(widths, latency_ns(sites, overhead_ns, widths), _loss(losses, widths), gap)
+
+
+def latency_ns(sites: Sequence[SiteCost], overhead_ns: float, widths: Widths) -> float:
+    """Predicted latency of these widths."""
+    return overhead_ns + sum(site.cost(site.c_in.at(widths), site.c_out.at(widths)) for site in sites)
+
+
+def _choices(groups: Sequence[ChannelGroup], candidates: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    return {group.name: tuple(sorted(set(candidates.get(group.name, ())))) or (group.width,) for group in groups}
+
+
+def _loss(losses: Mapping[str, Mapping[int, float]], widths: Widths) -> float:
+    return sum(losses.get(name, {}).get(width, 0.0) for name, width in widths.items())
+
+
+@dataclass
+class _Program:
+    """The integer program of a network, built once: columns, equalities, and what each column adds to the latency."""
+
+    choices: dict[str, tuple[int, ...]]
+    sites: Sequence[SiteCost]
+    overhead_ns: float
+    costs: list[float] = field(default_factory=list)  # of each column, in ns
+    integral: list[int] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    rows: list[tuple[Expression, float, float]] = field(default_factory=list)  # (terms, least, most)
+    one_hot: dict[str, list[Column]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, widths in self.choices.items():
+            self.one_hot[name] = [self._column(0.0, integral=True) for _ in widths]
+            self.rows.append((dict.fromkeys(self.one_hot[name], 1.0), 1.0, 1.0))
+        self.constant = self.overhead_ns
+        joint: dict[tuple[str, ...], list[SiteCost]] = {}
+        for site in self.sites:
+            involved = tuple(sorted({name for name, _ in (*site.c_in.terms, *site.c_out.terms) if len(self.choices[name]) > 1}))
+            joint.setdefault(involved, []).append(site)
+        for involved, sites in sorted(joint.items()):
+            if math.prod(len(self.choices[name]) for name in involved) <= MAX_COMBINATIONS or len(involved) <= 2:
+                self._add_joint(involved, sites)
+            else:
+                for site in sites:
+                    self._add_affine(site)
+
+    @property
+    def latency(self) -> NDArray[np.float64]:
+        return np.array(self.costs)
+
+    def loss_vector(self, losses: Mapping[str, Mapping[int, float]]) -> NDArray[np.float64]:
+        vector = np.zeros(len(self.costs))
+        for name, columns in self.one_hot.items():
+            vector[columns] = [losses.get(name, {}).get(width, 0.0) for width in self.choices[name]]
+        return vector
+
+    def solve(self, objective: NDArray[np.float64], budget_ns: float, time_limit_s: float) -> tuple[dict[str, int], float] | None:
+        """(widths, gap), or None where nothing fits (or nothing was found in time)."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
+        rows = list(self.rows)
+        if math.isfinite(budget_ns):
+            allowed = budget_ns - self.constant
+            unit = max(abs(budget_ns), 1.0)
+            rows.append(({column: cost / unit for column, cost in enumerate(self.costs) if cost}, -math.inf, allowed / unit))
+        entries = [(r, c, v) for r, (terms, _, _) in enumerate(rows) for c, v in terms.items()]
+        r, c, v = zip(*entries, strict=True)
+        matrix: Any = csr_array((v, (r, c)), shape=(len(rows), len(self.costs)))
+        result = milp(
+            objective,
+            integrality=np.array(self.integral),
+            bounds=Bounds(0, np.array(self.upper)),
+            constraints=LinearConstraint(matrix, np.array([row[1] for row in rows]), np.array([row[2] for row in rows])),
+            options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            return None
+        widths = {name: self.choices[name][int(np.argmax(result.x[columns]))] for name, columns in self.one_hot.items()}
+        gap = float(result.mip_gap) if result.mip_gap is not None else 0.0
+        return widths, gap if gap > TOLERANCE else 0.0
+
+    def _column(self, cost: float, *, integral: bool = False, upper: float = 1.0) -> Column:
+        self.costs.append(cost)
+        self.integral.append(int(integral))
+        self.upper.append(upper)
+        return len(self.costs) - 1
+
+    def _widths(self, involved: Sequence[str], combination: Sequence[int]) -> dict[str, int]:
+        """Widths of these groups, and of those that have no choice."""
+        fixed = {name: widths[0] for name, widths in self.choices.items() if len(widths) == 1}
+        return fixed | dict(zip(involved, combination, strict=True))
+
+    def _add_joint(self, involved: tuple[str, ...], sites: Sequence[SiteCost]) -> None:
+        """Exact costs: a variable for every combination of the groups' widths, tied to the one-hots by its marginals."""
+        marginals: dict[tuple[str, int], Expression] = {}
+        for combination in itertools.product(*(range(len(self.choices[name])) for name in involved)):
+            widths = self._widths(involved, [self.choices[name][i] for name, i in zip(involved, combination, strict=True)])
+            cost = latency_ns(sites, 0.0, widths)
+            if not involved:
+                self.constant += cost
+            elif len(involved) == 1:
+                self.costs[self.one_hot[involved[0]][combination[0]]] += cost
+            else:
+                column = self._column(cost)
+                for place in zip(involved, combination, strict=True):
+                    marginals.setdefault(place, {})[column] = 1.0
+        for (name, index), terms in marginals.items():
+            self.rows.append(({**terms, self.one_hot[name][index]: -1.0}, 0.0, 0.0))
+
+    def _add_affine(self, site: SiteCost) -> None:
+        """Costs affine in the side that is a sum of more groups, for each value of the other side."""
+        swapped = len(site.c_in.terms) < len(site.c_out.terms)
+        inner, outer = (site.c_in, site.c_out) if swapped else (site.c_out, site.c_in)
+        totals = self._totals(inner)
+        low, high = self._range(outer)
+        split: Expression = {}
+        for k, selector in totals.items():
+            samples = np.unique(np.linspace(low, high, 9).round().astype(int))
+            costs = np.array([site.cost(k, int(c)) if swapped else site.cost(int(c), k) for c in samples])
+            beta, alpha = np.polyfit(samples, costs, 1) if len(samples) > 1 else (0.0, costs[0])
+            self.costs[selector] += float(alpha)
+            part = self._column(float(beta), upper=float(high))
+            split[part] = 1.0
+            self.rows.append(({part: 1.0, selector: -float(high)}, -math.inf, 0.0))
+            self.rows.append(({part: 1.0, selector: -float(low)}, 0.0, math.inf))
+        terms, const = self._expression(outer)
+        self.rows.append(({**split, **{column: -value for column, value in terms.items()}}, const, const))
+
+    def _totals(self, form: DimForm) -> dict[int, Column]:
+        """A selector column for each value the form takes; the group's own one-hots where it is a single group."""
+        varying = [(name, elements) for name, elements in form.terms if len(self.choices[name]) > 1]
+        const = self._range(form)[0] - sum(elements * self.choices[name][0] for name, elements in varying)
+        if len(varying) == 1:
+            name, elements = varying[0]
+            return {const + elements * w: column for w, column in zip(self.choices[name], self.one_hot[name], strict=True)}
+        values = {const}
+        for name, elements in varying:
+            values = {value + elements * width for value in values for width in self.choices[name]}
+        ordered = sorted(values)
+        if len(ordered) > MAX_TOTALS:  # thin out: a selector then stands for the totals up to the next one
+            ordered = [ordered[round(i * (len(ordered) - 1) / (MAX_TOTALS - 1))] for i in range(MAX_TOTALS)]
+        columns = {value: self._column(0.0, integral=True) for value in ordered}
+        terms, offset = self._expression(form)
+        self.rows.append((dict.fromkeys(columns.values(), 1.0), 1.0, 1.0))
+        chosen = {column: float(value) for value, column in columns.items()}
+        step = max((b - a for a, b in itertools.pairwise(ordered)), default=0) if len(values) > MAX_TOTALS else 0
+        # selected total >= real total: a place never looks cheaper than it is
+        self.rows.append(({**chosen, **{column: -value for column, value in terms.items()}}, offset, offset + step))
+        return columns
+
+    def _expression(self, form: DimForm) -> tuple[Expression, float]:
+        """The form as a linear expression in the one-hots: (terms, constant)."""
+        terms: Expression = {}
+        for name, elements in form.terms:
+            for width, column in zip(self.choices[name], self.one_hot[name], strict=True):
+                terms[column] = terms.get(column, 0.0) + float(elements * width)
+        return terms, float(form.const)
+
+    def _range(self, form: DimForm) -> tuple[int, int]:
+        low, high = (form.at({name: ends(widths) for name, widths in self.choices.items()}) for ends in (min, max))
+        return low, high

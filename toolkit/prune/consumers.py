@@ -1,0 +1,128 @@
+"""A consumer is a convolution or linear seen as a linear map: rows X [n, D] times weight [O, D].
+
+D runs over input channels and, within a channel, over the kernel. Entry e of input channel i is column i * k + e with k the kernel's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from toolkit.graph import Program
+from toolkit.graph.labels import Entries
+from toolkit.graph.program import BATCH_NORMS, weight_of
+from toolkit.graph.rules import argument, aten
+from toolkit.prune.engine import Values
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One mixing operator.
+
+    Attributes:
+        node: its name; `source` the node it reads.
+        weight, bias: parameter paths; bias "" where there is none.
+        norm: the BatchNorm node that alone reads its output, "" if none; `norm_mean` that norm's running mean.
+        window: the kernel's height and width, () for linears; `channels` input channels.
+    """
+
+    node: str
+    source: str
+    weight: str
+    bias: str
+    norm: str
+    norm_mean: str
+    window: tuple[int, ...]
+    channels: int
+
+    @property
+    def kernel(self) -> int:
+        """Entries of D a channel."""
+        return int(np.prod(self.window))
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        return self.kernel * self.channels
+
+
+def consumer(program: Program, node: Node) -> Consumer | None:
+    """The operator as a linear map; None for grouped, 1-d and 3-d convolutions."""
+    if node.target is aten.linear.default:
+        window: tuple[int, ...] = ()
+    elif node.target is aten.conv2d.default and argument(node, 6, "groups", 1) == 1:
+        window = program.shapes[node.args[1].name][2:]  # type: ignore[union-attr]
+    else:
+        return None
+    bias = argument(node, 2, "bias")
+    users = list(node.users)
+    norm = users[0] if len(users) == 1 and users[0].target in BATCH_NORMS else None
+    return Consumer(
+        node=node.name,
+        source=node.args[0].name,  # type: ignore[union-attr]
+        weight=weight_of(node),
+        bias=str(bias.target) if isinstance(bias, Node) else "",
+        norm=norm.name if norm else "",
+        norm_mean=str(norm.args[3].target) if norm else "",  # type: ignore[union-attr]
+        window=window,
+        channels=program.shapes[node.args[1].name][1],  # type: ignore[union-attr]
+    )
+
+
+def can_shift(c: Consumer) -> bool:
+    """Whether a constant can be added to its output: through its bias or the mean of the norm behind it."""
+    return bool(c.bias or c.norm_mean)
+
+
+def shifted(c: Consumer, params: Mapping[str, torch.Tensor], shift: torch.Tensor) -> Values:
+    """The parameter that adds `shift` [O] to the output."""
+    if c.bias:
+        return {c.bias: params[c.bias] + shift.to(params[c.bias])}
+    return {c.norm_mean: params[c.norm_mean] - shift.to(params[c.norm_mean])}
+
+
+def matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Weight as [O, D] in float64."""
+    return weight.detach().reshape(len(weight), -1).double()
+
+
+def columns_of(c: Consumer, channels: Entries) -> Entries:
+    """Columns of D that belong to these input channels."""
+    return (channels[:, None] * c.kernel + np.arange(c.kernel)).reshape(-1)
+
+
+def group_columns(program: Program, c: Consumer, group: str) -> Entries:
+    """[width, columns a channel] of D for every channel of a group."""
+    positions: dict[int, list[int]] = {}
+    weight_node = program.nodes[c.node].args[1].name  # type: ignore[union-attr]
+    for i, owner in enumerate(program.channels(weight_node, 1)):
+        if owner and owner[0] == group:
+            positions.setdefault(owner[1], []).append(i)
+    return np.stack([columns_of(c, np.asarray(positions[i])) for i in sorted(positions)])
+
+
+def rows(c: Consumer, node: Node, x: torch.Tensor, limit: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows X of the linear map from activations x, at most `limit` output positions an image, with those positions' flat indices.
+
+    Positions are the same for every image of the call, so that targets can be gathered alike.
+    """
+    if node.target is aten.linear.default:
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        at = torch.randperm(flat.shape[1], generator=generator)[:limit].sort().values
+        return flat[:, at].reshape(-1, x.shape[-1]), at
+    stride, padding, dilation = (argument(node, i, name, d) for i, name, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1)))
+    patches = F.unfold(x, c.window, dilation=dilation, padding=padding, stride=stride)  # [N, D, L]
+    at = torch.randperm(patches.shape[2], generator=generator)[:limit].sort().values
+    return patches[:, :, at].transpose(1, 2).reshape(-1, patches.shape[1]), at
+
+
+def target_rows(y: torch.Tensor, node: Node, at: torch.Tensor) -> torch.Tensor:
+    """Outputs [N, O, ...] at the sampled positions, one row each."""
+    if node.target is aten.linear.default:
+        return y.reshape(len(y), -1, y.shape[-1])[:, at].reshape(-1, y.shape[-1])
+    return y.flatten(2)[:, :, at].transpose(1, 2).reshape(-1, y.shape[1])

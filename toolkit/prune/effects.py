@@ -1,0 +1,223 @@
+"""The causal effect of each channel on the predictions, and its category.
+
+With f the intact model, y(x) its predicted class, p(x) = softmax(f(x))[y(x)] and p_n(x) the same entry with channel n removed from all its
+consumers, over calibration images x:
+
+    d_n(x) = (p_n(x) - p(x)) / max(p(x), eps)          relative effect
+    l_n(x) = logit(p_n(x)) - logit(p(x))               effect on the log-odds, which does not saturate
+
+The categories are decided on the log-odds by paired tests: critical (mean significantly below 0), detrimental (above 0), with the false
+discovery rate held at 5 % over all channels of the network (Benjamini and Hochberg); neutral where the 95 % interval lies inside +-NEUTRAL;
+undecided otherwise. This follows our reading of the abstract of C-SWAP (Bauvin, Baret, Ahmad; arXiv 2510.18636); it is no reproduction.
+
+Every channel is screened by the first-order estimate of l_n (one backward pass for all of them); those whose category is in doubt are then removed
+for real, as many as the budget of forward passes allows. The record says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import false_discovery_control, t as student
+
+from toolkit.graph import Program
+from toolkit.prune.engine import Cached, Engine, chunked, joined
+from toolkit.schema import Category, CategoryCounts, Effect
+
+EPSILON = 1e-3
+NEUTRAL = 0.02
+DISCOVERY_RATE = 0.05
+
+Progress = Callable[[str, float, float], None]
+Array = npt.NDArray[np.float64]
+
+
+def log_odds(outputs: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """logit(softmax(outputs)[label]) without leaving the log scale: z_y - logsumexp of the others."""
+    chosen = outputs.gather(1, label[:, None])[:, 0]
+    others = outputs.scatter(1, label[:, None], -torch.inf)
+    return chosen - others.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one backward pass a chunk tells.
+
+    Attributes:
+        effects: per group [M, width]: first-order change of the log-odds when the channel is removed.
+        importance: per consumer node [O]: E |d(v . f)/dy_o|^2 for random signs v, how far the outputs move with that output channel.
+    """
+
+    effects: dict[str, Array]
+    importance: dict[str, torch.Tensor]
+
+
+def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: int = 0) -> Sensitivity:
+    """First-order effects of all channels of all prunable groups, and importance of every consumer's output channels."""
+    indices: dict[str, list[tuple[str, torch.Tensor, torch.Tensor, int]]] = {}
+    for group in program.prunable:
+        for name in group.consumers:
+            weight_node = program.nodes[name].args[1].name  # type: ignore[union-attr]
+            owners = program.channels(weight_node, 1)
+            at = [(i, o[1]) for i, o in enumerate(owners) if o and o[0] == group.name]
+            where, channel = torch.tensor(at).T
+            indices.setdefault(name, []).append((group.name, where, channel, len(owners)))
+    parts: dict[str, list[Array]] = {g.name: [] for g in program.prunable}
+    importance: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for chunk in chunked(program, images):
+        masks = {g.name: torch.ones(len(chunk), g.width, requires_grad=True) for g in program.prunable}
+        outputs_of: dict[str, torch.Tensor] = {}
+
+        def hook(node: torch.fx.Node, args: tuple[object, ...]) -> tuple[object, ...]:
+            if node.name not in indices:
+                return args
+            x = args[0]
+            assert isinstance(x, torch.Tensor)
+            axis = x.ndim - 1 if node.target is torch.ops.aten.linear.default else 1
+            scale = torch.ones(len(x), indices[node.name][0][3])
+            for group, where, channel, _ in indices[node.name]:
+                scale = scale.index_put((slice_all(len(x)), where), masks[group][:, channel])  # noqa: B023
+            return (x * scale.reshape([len(x)] + [-1 if d == axis else 1 for d in range(1, x.ndim)]), *args[1:])
+
+        out, outputs_of = engine.run(chunk, hook=hook, keep=set(indices))
+        logits = joined(out)
+        label = logits.argmax(1)
+        signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
+        grads = torch.autograd.grad((logits * signs).sum(), list(outputs_of.values()), retain_graph=True, allow_unused=True)
+        for (name, y), grad in zip(outputs_of.items(), grads, strict=True):
+            if grad is not None:
+                axis = y.ndim - 1 if program.nodes[name].target is torch.ops.aten.linear.default else 1
+                power = grad.square().sum([d for d in range(y.ndim) if d != axis]).double()
+                importance[name] = importance.get(name, torch.zeros_like(power)) + power
+        quantity = log_odds(logits, label) if logits.shape[1] > 1 else logits[:, 0]
+        moved = torch.autograd.grad(quantity.sum(), list(masks.values()), allow_unused=True)
+        for group, grad in zip(masks, moved, strict=True):
+            parts[group].append(np.zeros((len(chunk), masks[group].shape[1])) if grad is None else -grad.double().numpy())
+    return Sensitivity({g: np.concatenate(p) for g, p in parts.items()}, {n: v / len(images) for n, v in importance.items()})
+
+
+def slice_all(n: int) -> torch.Tensor:
+    return torch.arange(n)[:, None]
+
+
+def removal(program: Program, engine: Engine, group: str, channel: int) -> dict[str, torch.Tensor]:
+    """do(a_n = 0) at every consumer: its weights with the channel's columns zero."""
+    overrides: dict[str, torch.Tensor] = {}
+    for name in program.group(group).consumers:
+        node = program.nodes[name].args[1]
+        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o == (group, channel)]  # type: ignore[union-attr]
+        weight = overrides.get(str(node.target), engine.params[str(node.target)]).clone()  # type: ignore[union-attr]
+        weight[:, at] = 0.0
+        overrides[str(node.target)] = weight  # type: ignore[union-attr]
+    return overrides
+
+
+def paired(before: torch.Tensor, after: torch.Tensor) -> tuple[Array, Array]:
+    """(relative effect, log-odds effect) per image, from outputs [M, K] without and with the intervention."""
+    label = before.argmax(1)
+    p = before.softmax(1).gather(1, label[:, None])[:, 0]
+    q = after.softmax(1).gather(1, label[:, None])[:, 0]
+    relative = (q - p) / p.clamp_min(EPSILON)
+    return relative.double().numpy(), (log_odds(after, label) - log_odds(before, label)).double().numpy()
+
+
+@dataclass(frozen=True)
+class Test:
+    """Mean effect with its 95 % interval and two-sided p value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_test(samples: Array) -> Test:
+    """Student's t on paired differences; constant samples give a degenerate interval."""
+    n, mean = len(samples), float(samples.mean())
+    error = float(samples.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    if error == 0.0:
+        return Test(mean, mean, mean, 1.0 if mean == 0.0 else 0.0)
+    half = float(student.ppf(0.975, n - 1)) * error
+    return Test(mean, mean - half, mean + half, float(2 * student.sf(abs(mean) / error, n - 1)))
+
+
+def categorise(tests: list[Test], rate: float = DISCOVERY_RATE, neutral: float = NEUTRAL) -> tuple[list[Category], list[float]]:
+    """Category and q value of every channel, with the false discovery rate controlled over all of them."""
+    q_values = false_discovery_control([t.p for t in tests]) if tests else np.empty(0)
+    categories: list[Category] = []
+    for test, q in zip(tests, q_values, strict=True):
+        inside = -neutral <= test.low and test.high <= neutral
+        significant = q <= rate
+        categories.append(
+            "neutral" if inside else "critical" if significant and test.mean < 0 else "detrimental" if significant else "undecided"
+        )
+    return categories, [float(q) for q in q_values]
+
+
+def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress, passes: float = 16.0) -> list[Effect]:
+    """Effects of all channels of all prunable groups.
+
+    Args:
+        passes: forward passes over the cached images that real interventions may cost, shares of a pass counted by the suffix they run.
+    """
+    program, engine = cached.engine.program, cached.engine
+    images = len(cached.images)
+    keys = [(g.name, n) for g in program.prunable for n in range(g.width)]
+    screened = {(g, n): sensitivity.effects[g][:images, n] for g, n in keys}
+    tests = {k: paired_test(v) for k, v in screened.items()}
+    total = len(engine.steps)
+    share = {
+        g.name: 1.0 - cached.restart(first_consumer(program, engine, g.name)) / total for g in program.prunable
+    }
+    doubtful = sorted(keys, key=lambda k: doubt(tests[k]))
+    relative: dict[tuple[str, int], Array] = {}
+    spent, done = 0.0, set()
+    for key in doubtful:
+        if spent + share[key[0]] > passes:
+            continue
+        spent += share[key[0]]
+        with torch.no_grad():
+            after = cached.outputs_with(removal(program, engine, *key), first_consumer(program, engine, key[0]))
+        relative[key], odds = paired(cached.outputs, after)
+        tests[key] = paired_test(odds)
+        done.add(key)
+        progress("causal effects", spent, passes)
+    progress("causal effects", passes, passes)
+    label = cached.outputs.argmax(1)
+    chance = (1.0 - cached.outputs.softmax(1).gather(1, label[:, None])[:, 0]).double().numpy()
+    categories, q_values = categorise([tests[k] for k in keys])
+    return [
+        Effect(
+            group=k[0],
+            channel=k[1],
+            effect=float(relative[k].mean() if k in relative else (screened[k] * chance).mean()),  # dp/p = (1 - p) d(logit p)
+            effect_logodds=tests[k].mean,
+            ci_low=tests[k].low,
+            ci_high=tests[k].high,
+            q_value=q,
+            category=category,
+            source="intervention" if k in done else "gradient",
+        )
+        for k, category, q in zip(keys, categories, q_values, strict=True)
+    ]
+
+
+def doubt(test: Test) -> float:
+    """Small where the interval lies near a boundary between categories, in units of its own half-width."""
+    half = max((test.high - test.low) / 2, 1e-12)
+    return min(abs(abs(test.mean) - NEUTRAL), abs(test.mean)) / half
+
+
+def first_consumer(program: Program, engine: Engine, group: str) -> str:
+    return min(program.group(group).consumers, key=engine.position.__getitem__)
+
+
+def count(effects: list[Effect], group: str, channels: Mapping[int, object] | set[int] | None = None) -> CategoryCounts:
+    """How many channels of each category a group has, or how many of the given `channels`."""
+    chosen = [e.category for e in effects if e.group == group and (channels is None or e.channel in channels)]
+    return CategoryCounts(**{c: chosen.count(c) for c in ("critical", "neutral", "detrimental", "undecided")})  # type: ignore[arg-type]

@@ -1,0 +1,258 @@
+"""Least-squares repair with error feedback.
+
+Operators are visited in execution order. Each convolution or linear of the pruned network is solved again on the activations that
+the pruned and already repaired layers before it really produce:
+
+    min over dW:  |X (W + dW)^T - T|^2 + l |dW|^2
+
+with X [n, D] its inputs in the pruned network and T [n, O] what the dense network has at that place. Where the output joins a residual stream, T also
+carries what the stream lacks by then: T = (dense sum) - (pruned other operand). No labels, no gradients. The ridge l is chosen on held-back images,
+"leave it as it is" among the choices.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch.fx import Node
+
+from toolkit.graph import Program
+from toolkit.graph.program import attribute
+from toolkit.graph.rules import aten
+from toolkit.prune.consumers import Consumer, can_shift, consumer, matrix, rows, shifted, target_rows
+from toolkit.prune.engine import Engine, Values, chunked, distortion, joined
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+ROWS = 16_000
+HELD_BACK = 0.25
+LARGEST_GRAM = 6000
+
+Progress = Callable[[str, float, float], None]
+
+
+class LayerRepair(msgspec.Struct, frozen=True):
+    """What happened at one operator: relative squared error on held-back rows before and after, and the ridge (-1: left alone)."""
+
+    node: str
+    before: float
+    after: float
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The repaired program, and the distortion of its outputs on held-back images before and after."""
+
+    program: Program
+    layers: tuple[LayerRepair, ...]
+    before: float
+    after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Join:
+    """A residual addition behind an operator: target of the sum, the other operand, and the norm in between."""
+
+    node: str
+    rest: str
+
+
+def limit_rows(c: Consumer, images: int) -> int:
+    return max(1, -(-max(ROWS, 3 * min(c.columns, LARGEST_GRAM)) // images))
+
+
+def positions(c: Consumer) -> torch.Generator:
+    """Sampled output positions depend on the operator's name alone, so dense and pruned networks are sampled alike."""
+    return torch.Generator().manual_seed(zlib.crc32(c.node.encode()))
+
+
+def join_of(program: Program, c: Consumer) -> Join | None:
+    """The addition that c alone feeds (through its norm), when the other operand is computed before c."""
+    order = {n.name: i for i, n in enumerate(program.module.graph.nodes)}
+    node = program.nodes[c.node]
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target is aten.add.Tensor and len(user.args) == 2:
+            rest = next((a for a in user.args if a is not node), None)
+            ok = isinstance(rest, Node) and rest.name in program.shapes and order[rest.name] < order[c.node]
+            same = ok and program.shapes[rest.name] == program.shapes[user.name] == program.shapes[c.node]  # type: ignore[union-attr]
+            return Join(user.name, rest.name) if same else None  # type: ignore[union-attr]
+        if user.name != c.norm and "getitem" not in str(user.target):
+            return None
+        node = user
+    return None
+
+
+def surviving(dense: Program, node: str, axis: int, alive: Mapping[str, Sequence[int]]) -> torch.Tensor:
+    """Positions of a dense dimension that the pruned program still has."""
+    stays = {name: set(indices) for name, indices in alive.items()}
+    owners = dense.channels(node, axis)
+    return torch.tensor([i for i, o in enumerate(owners) if o is None or o[0] not in stays or o[1] in stays[o[0]]])
+
+
+def dense_targets(dense: Engine, consumers: Mapping[str, Consumer], joins: Mapping[str, Join], images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sampled rows of the dense network's tensors: each consumer's output, or its residual sum where it joins one."""
+    program = dense.program
+    wanted = {joins[n].node if n in joins else n: None for n in consumers}
+    parts: dict[str, list[torch.Tensor]] = {n: [] for n in consumers}
+    with torch.no_grad():
+        for chunk in chunked(program, images):
+            _, kept = dense.run(chunk, keep=set(wanted))
+            for name, c in consumers.items():
+                y = kept[joins[name].node if name in joins else name]
+                parts[name].append(target_rows(y, program.nodes[name], sampled(program, c, y, len(images))))
+    return {n: torch.cat(p) for n, p in parts.items()}
+
+
+def sampled(program: Program, c: Consumer, y: torch.Tensor, images: int) -> torch.Tensor:
+    """The operator's sampled output positions."""
+    count = y[0].numel() // y.shape[-1] if program.nodes[c.node].target is aten.linear.default else y[0, 0].numel()
+    return torch.randperm(count, generator=positions(c))[: limit_rows(c, images)].sort().values
+
+
+def norm_parameters(program: Program, c: Consumer, params: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """(scale, shift) [O] of the BatchNorm behind c: output = scale x + shift."""
+    args = program.nodes[c.norm].args
+    weight, bias, mean, variance = (params[str(a.target)].double() for a in args[1:5])  # type: ignore[union-attr]
+    scale = weight / (variance + float(args[6])).sqrt()  # type: ignore[arg-type]
+    return scale, bias - mean * scale
+
+
+def solve(x: torch.Tensor, residual: torch.Tensor, ridge: float) -> torch.Tensor:
+    """dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm; primal or dual, whichever is smaller."""
+    n, d = x.shape
+    level = float(x.square().sum() / d) * ridge + 1e-12
+    if d <= n:
+        gram = (x.T @ x).double()
+        gram.diagonal().add_(level)
+        return torch.cholesky_solve((x.T @ residual).double(), torch.linalg.cholesky(gram)).T
+    kernel = (x @ x.T).double()
+    kernel.diagonal().add_(level)
+    return (torch.cholesky_solve(residual.double(), torch.linalg.cholesky(kernel)).T.float() @ x).double()
+
+
+def refit(
+    c: Consumer, params: Values, x: torch.Tensor, target: torch.Tensor, usable: torch.Tensor, images: int, weights: torch.Tensor
+) -> tuple[Values, LayerRepair]:
+    """New parameters of one operator, or {} where leaving it alone is best on held-back rows.
+
+    Args:
+        x, target: rows image by image, [n, D] and [n, O], both float32; `usable` [O] outputs whose target is known.
+        weights: [O] importance of each output in the held-back comparison.
+    """
+    old = matrix(params[c.weight]).float()
+    output = x @ old.T
+    if c.bias:
+        output = output + params[c.bias]
+    residual = torch.where(usable, target - output, 0.0)
+    fit = int(len(x) // images * round(images * (1 - HELD_BACK)))
+    shift = can_shift(c)
+
+    def centred(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean_x = x[part].mean(0) if shift else torch.zeros_like(x[0])
+        mean_r = residual[part].mean(0) if shift else torch.zeros_like(residual[0])
+        return x[part] - mean_x, residual[part] - mean_r, mean_x, mean_r
+
+    scale = (target[:fit].var(0) + 1e-12).reciprocal() * weights
+
+    def error(r: torch.Tensor) -> float:
+        return float((r.square().mean(0) * scale * usable).sum() / (weights * usable).sum().clamp_min(1e-12))
+
+    held_x, held_r = x[fit:], residual[fit:]
+    before = error(held_r)
+    xs, rs, mean_x, mean_r = centred(slice(0, fit))
+    trials = {}
+    for ridge in RIDGES:
+        change = solve(xs, rs, ridge).float()
+        trials[ridge] = error(held_r - (held_x - mean_x) @ change.T - mean_r)
+    best = min(trials, key=lambda k: trials[k])
+    if not trials[best] < before:
+        return {}, LayerRepair(c.node, before, before, -1.0)
+    xs, rs, mean_x, mean_r = centred(slice(None))
+    change = solve(xs, rs, best)
+    changed: Values = {c.weight: (matrix(params[c.weight]) + change).to(params[c.weight].dtype).reshape(params[c.weight].shape)}
+    if shift:
+        changed |= shifted(c, params, (mean_r.double() - change @ mean_x.double()).float())
+    return changed, LayerRepair(c.node, before, trials[best], best)
+
+
+def repair(dense: Engine, pruned: Program, alive: Mapping[str, Sequence[int]], images: torch.Tensor, progress: Progress) -> Repaired:
+    """Repair every operator behind the first cut.
+
+    Args:
+        dense: the original network. Its node names are the pruned program's.
+        alive: per group the surviving original channels; groups that are missing are whole.
+        images: calibration inputs [M, ...]; the last quarter is held back for choosing.
+    """
+    program = pruned
+    consumers = {n.name: c for n in program.module.graph.nodes if (c := consumer(program, n))}
+    joins = {name: j for name, c in consumers.items() if (j := join_of(program, c))}
+    targets = dense_targets(dense, consumers, joins, images)
+    engine = Engine.of(program)
+    params = dict(engine.params)
+    chunks = chunked(program, images)
+    state: list[dict[str, object]] = [{engine.steps[0].name: chunk} for chunk in chunks]
+    running = Engine(program, params, engine.layout)  # shares `params`, which grows as layers are repaired
+    layers: list[LayerRepair] = []
+    total = len(engine.steps)
+    with torch.no_grad():
+        for i, node in enumerate(engine.steps[1:], start=1):
+            if node.op == "output":
+                break
+            if node.name in consumers:
+                c = consumers[node.name]
+                limit = limit_rows(c, len(images))
+                x = torch.cat([rows(c, node, env[c.source], limit, positions(c))[0] for env in state])  # type: ignore[arg-type]
+                keep = surviving(dense.program, dense.program.nodes[node.name].args[1].name, 0, alive)  # type: ignore[union-attr]
+                target = targets.pop(node.name)[:, keep]
+                usable = torch.ones(target.shape[1], dtype=torch.bool)
+                if node.name in joins:
+                    rest = joins[node.name].rest
+                    at = sampled(program, c, state[0][rest], len(images))  # type: ignore[arg-type]
+                    target = target - torch.cat([target_rows(env[rest], node, at) for env in state])  # type: ignore[arg-type]
+                    if c.norm:
+                        scale, offset = norm_parameters(program, c, params)
+                        usable = scale.abs() > 1e-3 * scale.abs().max()
+                        target = ((target - offset) / torch.where(usable, scale, 1.0)).float()
+                weights = torch.ones(target.shape[1])
+                if c.norm:
+                    scale, _ = norm_parameters(program, c, params)
+                    weights = (scale.square() * target.var(0)).float()
+                changed, layer = refit(c, params, x, target, usable, len(images), weights)
+                params.update(changed)
+                layers.append(layer)
+                progress("repair", i, total)
+            for env, chunk in zip(state, chunks, strict=True):
+                env[node.name] = running.call(node, running.fetch(node, env, chunk))
+                for source in node.all_input_nodes:
+                    if engine.layout.last_use.get(source.name, -1) == i:
+                        env.pop(source.name, None)
+    progress("repair", total, total)
+    held = images[round(len(images) * (1 - HELD_BACK)) :]
+    reference = outputs(dense, held)
+    before, after = distortion(outputs(engine, held), reference), distortion(outputs(running, held), reference)
+    kept = after < before
+    return Repaired(with_parameters(program, params) if kept else program, tuple(layers), before, after, kept)
+
+
+def outputs(engine: Engine, images: torch.Tensor) -> torch.Tensor:
+    """Outputs [M, K] on these images."""
+    with torch.no_grad():
+        return torch.cat([joined(engine.run(chunk)[0]) for chunk in chunked(engine.program, images)])
+
+
+def with_parameters(program: Program, params: Mapping[str, torch.Tensor]) -> Program:
+    """A copy of the program with these parameters."""
+    import copy
+    import dataclasses
+
+    module = copy.deepcopy(program.module)
+    with torch.no_grad():
+        for path, value in params.items():
+            attribute(module, path).copy_(value)
+    return dataclasses.replace(program, module=module)

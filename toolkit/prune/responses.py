@@ -1,0 +1,186 @@
+"""Width responses: what the predictions lose when a group is cut to a width, with its consumers repaired, by intervention.
+
+Nothing is sliced here: removed channels are columns of zeros in the consumers' weights, so one cached dense program serves every group and
+width. Width 0 silences a residual branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from toolkit.graph import Program
+from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
+from toolkit.prune.effects import Sensitivity, first_consumer
+from toolkit.prune.engine import Cached, Values, distortion, top1
+from toolkit.prune.order import Elimination, Linear, eliminate
+from toolkit.schema import Effect, Response
+
+LARGEST_GRAM = 6000  # columns; wider consumers (a classifier behind a flatten) are cut without repair here
+ROWS = 12_000
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of a consumer's inputs: `mean` [D], `matrix` [D, D] centred where the consumer can absorb a shift."""
+
+    mean: torch.Tensor
+    matrix: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GroupResponses:
+    """Responses of one group and the order of removal that they belong to (channel indices, first to go first)."""
+
+    responses: tuple[Response, ...]
+    order: tuple[int, ...]
+
+
+def gram(cached: Cached, c: Consumer, seed: int = 0) -> Gram:
+    """Moments of the consumer's input rows over the cached images."""
+    engine = cached.engine
+    node = engine.program.nodes[c.node]
+    start = cached.restart(c.node)
+    limit = max(1, -(-max(ROWS, 3 * c.columns) // len(cached.images)))
+    generator = torch.Generator().manual_seed(seed)
+    total, square, count = torch.zeros(c.columns, dtype=torch.float64), torch.zeros(c.columns, c.columns, dtype=torch.float64), 0
+    with torch.no_grad():
+        for values in cached.values:
+            stop = engine.position[c.source]
+            x = values[start] if stop == start else engine.run(values[start], start, stop=stop)[0][0]
+            sample, _ = rows(c, node, x, limit, generator)
+            total += sample.sum(0).double()
+            square += (sample.T @ sample).double()
+            count += len(sample)
+    mean = total / count if can_shift(c) else torch.zeros_like(total)
+    return Gram(mean, square / count - torch.outer(mean, mean))
+
+
+def overrides(c: Consumer, params: Mapping[str, torch.Tensor], moments: Gram, weight: torch.Tensor) -> Values:
+    """The consumer with another weight [O, D], its output's mean kept."""
+    old = params[c.weight]
+    result = {c.weight: weight.to(old.dtype).reshape(old.shape)}
+    if can_shift(c):
+        result |= shifted(c, params, (matrix(old) - weight) @ moments.mean)
+    return result
+
+
+def causal_order(effects: Sequence[Effect], group: str) -> list[int]:
+    """Channels from the most detrimental to the most critical."""
+    return [e.channel for e in sorted((e for e in effects if e.group == group), key=lambda e: -e.effect_logodds)]
+
+
+def magnitude_order(program: Program, group: str, params: Mapping[str, torch.Tensor], power: int) -> list[int]:
+    """Channels by the mean |w| (power 1) or w^2 (power 2) of their producers' rows, smallest first: the L1 and L2 baselines."""
+    g = program.group(group)
+    norm = np.zeros(g.width)
+    for name in g.producers:
+        node = program.nodes[name].args[1]
+        weight = params[str(node.target)].detach().double().abs().pow(power)  # type: ignore[union-attr]
+        for i, owner in enumerate(program.channels(node.name, 0)):  # type: ignore[union-attr]
+            if owner and owner[0] == group:
+                norm[owner[1]] += float(weight[i].mean())
+    return [int(n) for n in np.argsort(norm, kind="stable")]
+
+
+def linears(cached: Cached, sensitivity: Sensitivity, group: str) -> list[tuple[Consumer, Gram, Linear]] | None:
+    """The group's consumers as linear maps, or None where one of them cannot be repaired in closed form here."""
+    program = cached.engine.program
+    found = []
+    for name in program.group(group).consumers:
+        c = consumer(program, program.nodes[name])
+        if c is None or c.columns > LARGEST_GRAM:
+            return None
+        moments = gram(cached, c)
+        weight = matrix(cached.engine.params[c.weight])
+        importance = sensitivity.importance.get(name, torch.ones(len(weight), dtype=torch.float64))
+        found.append((c, moments, Linear(weight, moments.matrix, group_columns(program, c, group), importance)))
+    return found
+
+
+def group_responses(
+    cached: Cached,
+    reference: torch.Tensor,
+    group: str,
+    widths: Sequence[int],
+    orders: Mapping[str, Sequence[int] | None],
+    sensitivity: Sensitivity,
+    *,
+    repair: bool,
+    round_: int,
+) -> GroupResponses:
+    """Responses of one group at each of `widths`, in the best of several orders.
+
+    Args:
+        reference: outputs [M, K] of the original dense network on the cached images.
+        orders: candidate orders by name; None stands for greedy least-squares elimination. They are compared by intervention at the middle width.
+    """
+    program, params = cached.engine.program, cached.engine.params
+    width = program.group(group).width
+    first = first_consumer(program, cached.engine, group)
+    maps = linears(cached, sensitivity, group) if repair or None in orders.values() else None
+    positive = [w for w in widths if 0 < w < width]
+    middle = positive[len(positive) // 2] if positive else 0
+
+    def outcome(elimination: Elimination, at: int) -> torch.Tensor:
+        changed: Values = {}
+        if maps is not None and repair:
+            for (c, moments, _), weight in zip(maps, elimination.weights[at], strict=True):
+                changed |= overrides(c, {**params, **changed}, moments, weight)
+        else:
+            changed = masked(program, params, group, elimination.order[: width - at])
+        with torch.no_grad():
+            return cached.outputs_with(changed, first)
+
+    candidates: dict[str, Elimination] = {}
+    for name, order in orders.items():
+        if maps is not None and (repair or order is None):
+            candidates[name] = eliminate([m[2] for m in maps], positive, order)
+        elif order is not None:
+            candidates[name] = Elimination(tuple(order), {})
+    scores = {
+        name: distortion(outcome(e, middle), reference) if len(candidates) > 1 and middle else 0.0 for name, e in candidates.items()
+    }
+    best = min(scores, key=lambda name: scores[name])
+    chosen = candidates[best]
+    results = []
+    for at in sorted(widths):
+        if at == width:
+            out = cached.outputs
+        elif at == 0:
+            with torch.no_grad():
+                out = cached.outputs_with({}, first, silence=(program.branches[group].end,))
+        else:
+            out = outcome(chosen, at)
+        results.append(
+            Response(
+                group=group,
+                width=at,
+                distortion=distortion(out, reference),
+                agreement=float((top1(out) == top1(reference)).double().mean()),
+                order=best,
+                repaired=maps is not None and repair,
+                round=round_,
+            )
+        )
+    rest = [n for n in range(width) if n not in set(chosen.order)]
+    return GroupResponses(tuple(results), (*chosen.order, *rest))
+
+
+def masked(program: Program, params: Mapping[str, torch.Tensor], group: str, channels: Sequence[int]) -> Values:
+    """Consumers' weights with the columns of several channels zero."""
+    gone = set(channels)
+    changed: Values = {}
+    for name in program.group(group).consumers:
+        node = program.nodes[name].args[1]
+        path = str(node.target)  # type: ignore[union-attr]
+        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o and o[0] == group and o[1] in gone]  # type: ignore[union-attr]
+        weight = changed.get(path, params[path]).clone()
+        weight[:, at] = 0.0
+        changed[path] = weight
+    return changed

@@ -1,0 +1,8 @@
+"""Reports: a run's records as a verdict line, a terminal summary and one self-contained HTML page. Nothing is computed twice here."""
+
+from __future__ import annotations
+
+from toolkit.report.page import html
+from toolkit.report.terminal import summary_text, verdict_line
+
+__all__ = ["html", "summary_text", "verdict_line"]

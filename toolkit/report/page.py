@@ -1,0 +1,90 @@
+"""The report as one HTML file: style, figures and text inside, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.report import figures, units
+from toolkit.schema import Comparison, GroupReport, Report
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def html(report: Report, comparison: Comparison) -> str:
+    """The page. Every string of the records is escaped; every number on it is taken from them."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(minus=_minus, sentence=_sentence, load=_load)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        fmt=units,
+        report=report,
+        comparison=comparison,
+        dense=comparison.dense,
+        pruned=comparison.pruned,
+        categories=figures.CATEGORIES,
+        effects_known=_has_effects(report.groups),
+        gauge=_gauge(report),
+        quality=_quality(report),
+        reasons=_reasons(report, comparison),
+        figures={name: Markup(svg) for name, svg in _draw(report, comparison).items()},  # names in them are escaped by matplotlib
+    )
+
+
+def _draw(report: Report, comparison: Comparison) -> Mapping[str, str]:
+    """Those figures that have something to show, by name."""
+    found: dict[str, str] = {}
+    if comparison.dense.rounds_ns or comparison.pruned.rounds_ns:
+        found["latency"] = figures.latency(report, comparison)
+    if report.iterations:
+        found["iterations"] = figures.iterations(report)
+    if report.groups:
+        found["widths"] = figures.widths(report.groups)
+    if any(group.responses for group in report.groups):
+        found["responses"] = figures.responses(report.groups)
+    if _has_effects(report.groups):
+        found["effects"] = figures.effects(report.groups)
+    if report.kernels:
+        found["kernels"] = figures.kernels(report)
+    return found
+
+
+def _has_effects(groups: Sequence[GroupReport]) -> bool:
+    return any(getattr(group.categories, name) for group in groups for name in figures.CATEGORIES)
+
+
+def _gauge(report: Report) -> Mapping[str, float]:
+    """Where the marks of the latency bar stand, in percent of its length; everything fits on it."""
+    low, high = report.measured_ci95_ns
+    full = max(report.dense_ns, report.budget_ns, report.predicted_ns, report.measured_ns, high)
+    marks = {"measured": report.measured_ns, "predicted": report.predicted_ns, "budget": report.budget_ns, "low": low, "spread": high - low}
+    return {name: 100 * value / full for name, value in marks.items()}
+
+
+def _reasons(report: Report, comparison: Comparison) -> Sequence[str]:
+    """Why the measurement is not valid, each reason once."""
+    return list(dict.fromkeys((*report.invalid_reasons, *comparison.dense.invalid_reasons, *comparison.pruned.invalid_reasons)))
+
+
+def _quality(report: Report) -> Mapping[str, Any]:
+    """Change of top-1 in points and its interval, where labels are known."""
+    if report.accuracy_dense is None or report.accuracy_pruned is None:
+        return {"labelled": False}
+    points = units.signed(100 * (report.accuracy_pruned - report.accuracy_dense))
+    interval = " to ".join(units.signed(100 * bound) for bound in report.accuracy_change_ci95 or ())
+    return {"labelled": True, "points": points, "interval": interval}
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+def _load(fraction: float) -> str:
+    return units.share(fraction) if fraction >= 0 else "not readable"

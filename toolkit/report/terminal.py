@@ -1,0 +1,154 @@
+"""The report for a terminal: the verdict line that scripts read, and a summary that fits any width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.report import units
+from toolkit.schema import Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+KERNELS_SHOWN = 8
+
+
+def verdict_line(report: Report) -> str:
+    """One line: `MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 -0.4`.
+
+    Without labels `agreement 93.1 %` replaces the change of top-1. `not valid` is appended where the measurement is not, and
+    `measured_ns` 0 (nothing was measured) gives the prediction.
+    """
+    word = report.verdict.upper()
+    unit, scale = units.time_unit(report.budget_ns)
+    times = [value / scale for value in (report.measured_ns, report.predicted_ns, report.budget_ns)]
+    digits = units.time_digits((times[0], times[2]))
+    measured, predicted, budget = (f"{value:.{digits}f}" for value in times)
+    if not report.measured_ns:
+        return f"{word}  {predicted} {unit} {report.statistic} predicted, nothing measured (budget {budget})"
+    line = f"{word}  {measured} {unit} {report.statistic} (predicted {predicted}, budget {budget})  {units.factor(report.speedup)}  "
+    return line + _quality(report) + ("" if report.valid else "  not valid")
+
+
+def _quality(report: Report) -> str:
+    if report.accuracy_dense is None or report.accuracy_pruned is None:
+        return f"agreement {units.share(report.agreement)}"
+    return f"top-1 {units.signed(100 * (report.accuracy_pruned - report.accuracy_dense))}"
+
+
+def summary_text(report: Report) -> RenderableType:
+    """The whole report as one rich renderable: verdict, dense against pruned, widths, iterations, validity, kernels, notes."""
+    from rich.console import Group
+    from rich.text import Text
+
+    good = report.verdict == "met" and report.valid
+    parts: list[RenderableType] = [
+        Text(verdict_line(report), style="bold green" if good else "bold red"),
+        Text(f"{report.model} on {report.profile}, method {report.method}, seed {report.seed}", style="dim"),
+        _comparison(report),
+        _widths(report),
+        _iterations(report),
+        _validity(report),
+    ]
+    if report.kernels:
+        parts.append(_kernels(report))
+    parts += [Text(f"- {note}") for note in report.notes]
+    return Group(*parts)
+
+
+def _table(title: str, *columns: tuple[str, bool]) -> Table:
+    """An unframed table; `columns` are (heading, is it a number)."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading, number in columns:
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _comparison(report: Report) -> Table:
+    table = _table("Dense against pruned", ("", False), ("dense", True), ("pruned", True), ("change", True))
+
+    def row(name: str, before: str, after: str, difference: str) -> None:
+        table.add_row(name, before, after, difference)
+
+    row(
+        f"latency, {report.statistic}",
+        units.duration(report.dense_ns),
+        units.duration(report.measured_ns),
+        units.change(report.dense_ns, report.measured_ns),
+    )
+    if report.accuracy_dense is not None and report.accuracy_pruned is not None:
+        points = units.signed(100 * (report.accuracy_pruned - report.accuracy_dense))
+        row("top-1", units.share(report.accuracy_dense), units.share(report.accuracy_pruned), f"{points} points")
+    row("same top-1 as dense", "", units.share(report.agreement), f"{report.evaluation_images} images")
+    for name, before, after, text in (
+        ("parameters", report.parameters_dense, report.parameters_pruned, units.count),
+        ("MACs", report.macs_dense, report.macs_pruned, units.count),
+        ("file size", report.size_dense_bytes, report.size_pruned_bytes, units.size),
+    ):
+        row(name, text(before), text(after), units.change(before, after))
+    return table
+
+
+def _widths(report: Report) -> Table:
+    from rich.text import Text
+
+    table = _table("Widths", ("group", False), ("before", True), ("after", True), ("kept", False), ("effect", True))
+    for group in report.groups:
+        kept = round(10 * group.width_after / max(group.width_before, 1))
+        table.add_row(
+            Text(group.name),
+            str(group.width_before),
+            str(group.width_after) if group.width_after else "dropped",
+            "#" * kept + "." * (10 - kept),
+            units.small(group.effect_mean),
+        )
+    for name, reason in report.unprunable:
+        table.add_row(Text(name), "", "kept", Text(reason, style="dim"), "")
+    return table
+
+
+def _iterations(report: Report) -> Table:
+    table = _table("Closed loop", ("turn", True), ("aimed at", True), ("predicted", True), ("measured", True), ("table scale", True))
+    for number, turn in enumerate(report.iterations, start=1):
+        times = (units.duration(value) for value in (turn.target_ns, turn.predicted_ns, turn.measured_ns))
+        table.add_row(str(number), *times, f"{turn.scale:.3f}")
+    return table
+
+
+def _validity(report: Report) -> RenderableType:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    held_out = report.table.held_out
+    low, high = report.speedup_ci95
+    lines = [
+        Text.assemble(("Validity", "bold"), ": the measurement is ", ("valid", "green") if report.valid else ("not valid", "red")),
+        *(Text(f"  because {reason}") for reason in report.invalid_reasons),
+        Text(f"  measured, 95 % interval: {units.span(*report.measured_ci95_ns)}; speedup {low:.2f}x to {high:.2f}x"),
+        Text(
+            f"  table {report.table.id}: {units.share(report.table.coverage)} of the dense latency covered; "
+            f"held-out error {units.share(held_out.mape)} on {held_out.networks} networks"
+        ),
+        Text(f"  slices proved to {units.small(report.proof_max_relative_error)} relative; repair: {report.repair}"),
+        Text(f"  floor {units.duration(report.floor_ns)}; optimality gap {units.share(report.optimality_gap, 2)}"),
+    ]
+    return Padding(Text("\n").join(lines), (1, 0))
+
+
+def _kernels(report: Report) -> Table:
+    from rich.text import Text
+
+    table = _table("Where the milliseconds went", ("kernel", False), ("dense", True), ("pruned", True), ("saved", True), ("", False))
+    ranked = sorted(report.kernels, key=lambda kernel: kernel.pruned_ns - kernel.dense_ns)
+    for kernel in ranked[:KERNELS_SHOWN]:
+        saved = units.duration(kernel.dense_ns - kernel.pruned_ns)
+        table.add_row(Text(kernel.name), units.duration(kernel.dense_ns), units.duration(kernel.pruned_ns), saved, Text(kernel.note))
+    rest = ranked[KERNELS_SHOWN:]
+    if rest:
+        dense, pruned = sum(kernel.dense_ns for kernel in rest), sum(kernel.pruned_ns for kernel in rest)
+        table.add_row(f"{len(rest)} others", units.duration(dense), units.duration(pruned), units.duration(dense - pruned), "")
+    return table
