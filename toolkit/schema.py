@@ -303,6 +303,23 @@ class Artefact(Record, frozen=True, kw_only=True):
     parity: tuple[Parity, ...]
 
 
+class Groups(Record, frozen=True, kw_only=True):
+    """`groups.json`: the dense program's channel groups and the shapes of its parameters and buffers."""
+
+    schema: int = SCHEMA
+    groups: tuple[ChannelGroup, ...]
+    dense_shapes: dict[str, tuple[int, ...]]
+
+
+class Evaluation(Record, frozen=True, kw_only=True):
+    """`evaluation.json`: the images that accuracy and agreement were counted on."""
+
+    schema: int = SCHEMA
+    data: str
+    classes: str
+    indices: tuple[int, ...]
+
+
 class Manifest(Record, frozen=True, kw_only=True):
     """`manifest.json`: the artefacts of a run and the hashes of the files that explain them."""
 

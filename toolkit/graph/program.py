@@ -132,6 +132,11 @@ def channel_padding(program: Program, node: Node) -> list[tuple[Entries, Entries
     return result
 
 
+def example_input(shape: Sequence[int]) -> torch.Tensor:
+    """A standard normal input of this shape, always the same."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
 def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
     """Trace a model in eval mode and find its channel groups.
 
@@ -360,4 +365,4 @@ def unprunable(program: Program) -> Sequence[tuple[str, str]]:
     return [(g.name, g.reason) for g in program.groups if not g.prunable]
 
 
-__all__ = ["Branch", "Program", "analyse", "attribute", "first_line", "place", "trace", "unprunable", "weight_of"]
+__all__ = ["Branch", "Program", "analyse", "attribute", "example_input", "first_line", "place", "trace", "unprunable", "weight_of"]

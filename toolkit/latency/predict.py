@@ -32,6 +32,9 @@ BLOCKS = (0, 8, 16, 32)
 MULTIPLES = (1, 4, 8)
 FOLDS = 5
 UNJUDGED = HeldOut(networks=0, mape=0.0, bias=0.0, spearman=0.0)
+OVERHEAD_SHARE = 0.02  # of a network's latency: what a call is expected to cost beside its kernels
+NOISE = 0.01  # relative, of one network's end-to-end latency
+EXTRA_TRUST = 3.0  # weight of a network with dropped branches; they are few and say what no variant can
 CLOCK_NS = 1000.0  # resolution of the runtimes' profilers
 MIN_COST_NS = 1.0  # of a site that runs; a zero would make it look dropped
 WORTH = 0.97  # a less simple choice must lower the cross-validated error below this share of the simpler one's
@@ -340,14 +343,20 @@ def _calibrate(model: LatencyModel, networks: Sequence[NetworkSample]) -> Latenc
     measured = np.array([network.ratio * model.reference_ns for network in networks])
     total, kernels = design[:, : len(names)].sum(axis=1), design[:, -2]
     scale, rest = _line(total, measured)
-    # A constant per network and one per kernel are nearly the same until a block is dropped: most of it is expected per kernel.
-    per_kernel = rest / float(np.median(kernels)) if kernels.any() else 0.0
-    mean = np.array([scale] * len(names) + [per_kernel, 0.0])
-    unit = abs(per_kernel) + 0.02 * float(np.median(measured)) / max(float(np.median(kernels)), 1.0)
-    spread = np.array([scale] * len(names) + [unit * 3, 0.02 * float(np.median(measured)) * 3])
-    errors = [_left_out_error(design, measured, mean, spread * prior) for prior in PRIORS]
+    # A constant per network and one per kernel cannot be told apart until a branch is dropped: the profiler's own cost is
+    # per kernel, and a call costs a little beside its kernels, never less than nothing.
+    call = OVERHEAD_SHARE * float(np.median(measured))
+    count = max(float(np.median(kernels)), 1.0)
+    mean = np.array([scale] * len(names) + [(rest - call) / count, call])
+    wide = [max(abs(rest), call) / count, call / 2]
+
+    def spread(prior: float) -> Floats:
+        return np.array([scale * prior] * len(names) + wide)
+
+    trust = np.array([EXTRA_TRUST if network.role == "extra" else 1.0 for network in networks])
+    errors = [_left_out_error(design, measured, mean, spread(prior), trust) for prior in PRIORS]
     tightest = next(prior for prior, error in zip(PRIORS, errors, strict=True) if error * TIGHT <= min(errors))
-    solution = _posterior(design, measured, mean, spread * tightest)
+    solution = _posterior(design, measured, mean, spread(tightest), trust)
     fits = {
         name: replace(model.fits[name], factor=float(max(factor, 0.05 * scale)))
         for name, factor in zip(names, solution, strict=False)
@@ -382,26 +391,27 @@ def _line(x: Floats, y: Floats) -> tuple[float, float]:
     return (float(slope), float(rest)) if slope > 0 else (float(np.median(y / x)), 0.0)
 
 
-def _posterior(design: Floats, measured: Floats, mean: Floats, spread: Floats) -> Floats:
-    """Mean of the coefficients given the measurements: relative noise of 1 %, Huber weights, a normal prior."""
+def _posterior(design: Floats, measured: Floats, mean: Floats, spread: Floats, trust: Floats) -> Floats:
+    """Mean of the coefficients given the measurements: relative noise of 1 %, a normal prior, Huber weights where trust is 1."""
     solution = mean
-    weight = 1 / (0.01 * measured)
+    huber = np.ones(len(measured))
     for _ in range(5):
+        weight = trust * huber / (NOISE * measured)
         rows = design * spread * weight[:, None]
         target = (measured - design @ mean) * weight
         solution = mean + spread * np.linalg.solve(rows.T @ rows + np.eye(len(mean)), rows.T @ target)
         error = np.abs(design @ solution - measured) / measured
         limit = 2.5 * max(float(np.median(error)), 0.002)
-        weight = np.sqrt(np.minimum(1, limit / np.maximum(error, 1e-12))) / (0.01 * measured)
+        huber = np.where(trust > 1, 1.0, np.sqrt(np.minimum(1, limit / np.maximum(error, 1e-12))))
     return solution
 
 
-def _left_out_error(design: Floats, measured: Floats, mean: Floats, spread: Floats) -> float:
+def _left_out_error(design: Floats, measured: Floats, mean: Floats, spread: Floats, trust: Floats) -> float:
     folds = np.arange(len(measured)) % (2 * FOLDS)
-    errors = []
+    errors: list[float] = []
     for fold in range(2 * FOLDS):
         out = folds == fold
         if out.any() and not out.all():
-            solution = _posterior(design[~out], measured[~out], mean, spread)
+            solution = _posterior(design[~out], measured[~out], mean, spread, trust[~out])
             errors.extend(np.abs(design[out] @ solution / measured[out] - 1))
     return float(np.mean(errors)) if errors else 0.0

@@ -140,7 +140,7 @@ class VariantMaker:
         if slot.values is not None:
             sliced = np.array([form.at(widths) for form in slot.values], value.dtype).reshape(value.shape)
         else:
-            sliced = np.ascontiguousarray(value[tuple(slice(n) for n in dims)])
+            sliced = np.array(value[tuple(slice(n) for n in dims)], order="C")
         return numpy_helper.from_array(sliced, slot.name)
 
     def _write_blob(self, path: Path) -> None:

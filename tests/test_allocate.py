@@ -1,0 +1,181 @@
+"""Allocation: equal to brute force, monotone in the budget, honest about what does not fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from toolkit.errors import BudgetError
+from toolkit.prune import allocate as module
+from toolkit.prune.allocate import SiteCost, allocate, floor, latency_ns
+from toolkit.schema import ChannelGroup, DimForm
+
+
+@dataclass(frozen=True)
+class Place:
+    name: str
+    c_in: DimForm
+    c_out: DimForm
+    law: Callable[[int, int], float]
+
+    def cost(self, c_in: int, c_out: int) -> float:
+        return self.law(c_in, c_out) if c_in and c_out else 0.0
+
+
+def form(*names: str, const: int = 0) -> DimForm:
+    return DimForm(const=const, terms=tuple((name, 1) for name in names))
+
+
+def group(name: str, width: int) -> ChannelGroup:
+    return ChannelGroup(name=name, kind="conv", width=width, floor=0, places=(), producers=(), consumers=())
+
+
+@dataclass(frozen=True)
+class Problem:
+    groups: list[ChannelGroup]
+    candidates: dict[str, list[int]]
+    losses: dict[str, dict[int, float]]
+    sites: list[Place]
+    overhead: float
+
+    def all_widths(self) -> list[dict[str, int]]:
+        return [dict(zip(self.candidates, widths, strict=True)) for widths in itertools.product(*self.candidates.values())]
+
+    def latency(self, widths: Mapping[str, int]) -> float:
+        return latency_ns(self.sites, self.overhead, widths)
+
+    def loss(self, widths: Mapping[str, int]) -> float:
+        return sum(self.losses[name][width] for name, width in widths.items())
+
+
+def table_law(table: Sequence[int]) -> Callable[[int, int], float]:
+    """Arbitrary costs: nothing affine, nothing monotone."""
+    return lambda c_in, c_out: 1000.0 * table[(7 * c_in + 3 * c_out) % len(table)]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    names = [f"g{index}" for index in range(draw(st.integers(1, 4)))]
+    candidates = {name: sorted(draw(st.sets(st.integers(0, 12), min_size=1, max_size=4))) for name in names}
+    losses = {name: {width: draw(st.integers(0, 100)) / 10 for width in widths} for name, widths in candidates.items()}
+    sites = []
+    for index in range(draw(st.integers(1, 6))):
+        c_in = form(*draw(st.sets(st.sampled_from(names), max_size=3)), const=draw(st.integers(0, 3)))
+        c_out = form(*draw(st.sets(st.sampled_from(names), max_size=2)), const=draw(st.integers(0, 3)))
+        table = draw(st.lists(st.integers(1, 50), min_size=11, max_size=11))
+        sites.append(Place(f"site{index}", c_in, c_out, table_law(table)))
+    return Problem([group(name, 12) for name in names], candidates, losses, sites, draw(st.integers(0, 20)) * 1000.0)
+
+
+def solve(problem: Problem, budget: float) -> module.Allocation:
+    sites: Sequence[SiteCost] = problem.sites
+    return allocate(problem.groups, problem.candidates, problem.losses, sites, problem.overhead, budget)
+
+
+@given(problems(), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_equals_brute_force(problem: Problem, share: float) -> None:
+    every = problem.all_widths()
+    latencies = sorted(problem.latency(widths) for widths in every)
+    budget = latencies[int(share * (len(latencies) - 1))] + 1.0
+    best = min(problem.loss(widths) for widths in every if problem.latency(widths) <= budget)
+    found = solve(problem, budget)
+    assert found.predicted_ns <= budget
+    assert found.predicted_ns == pytest.approx(problem.latency(found.widths))
+    assert found.loss == pytest.approx(best, abs=1e-2)
+    assert found.loss == pytest.approx(problem.loss(found.widths))
+    assert found.optimality_gap == 0.0
+
+
+@given(problems())
+@settings(max_examples=30, deadline=None)
+def test_floor_is_the_fastest_and_the_smallest_budget_works(problem: Problem) -> None:
+    fastest = min(problem.latency(widths) for widths in problem.all_widths())
+    assume(fastest > 1000)
+    assert floor(
+        problem.groups, problem.candidates, problem.losses, problem.sites, problem.overhead
+    ).predicted_ns == pytest.approx(fastest)
+    with pytest.raises(BudgetError) as caught:
+        solve(problem, fastest * 0.99)
+    assert caught.value.floor_ns == pytest.approx(fastest)
+    assert solve(problem, caught.value.smallest_budget_ns * (1 + 1e-9)).predicted_ns == pytest.approx(fastest)
+
+
+@given(problems())
+@settings(max_examples=15, deadline=None)
+def test_a_larger_budget_never_loses_more(problem: Problem) -> None:
+    latencies = [problem.latency(widths) for widths in problem.all_widths()]
+    low, high = min(latencies), max(latencies)
+    losses = [solve(problem, low + (high - low) * share + 1.0).loss for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert all(later <= earlier + 1e-2 for earlier, later in itertools.pairwise(losses))
+
+
+def test_of_equal_losses_the_faster_wins() -> None:
+    site = Place("site", form(const=3), form("g"), lambda c_in, c_out: 100.0 * c_out)
+    found = allocate([group("g", 8)], {"g": [4, 8]}, {"g": {4: 0.0, 8: 0.0}}, [site], 0.0, 1e6)
+    assert found.widths == {"g": 4}
+
+
+def test_a_group_without_candidates_keeps_its_width() -> None:
+    site = Place("site", form("fixed"), form("g"), lambda c_in, c_out: 1.0 * c_in * c_out)
+    found = allocate([group("fixed", 10), group("g", 8)], {"g": [4, 8]}, {"g": {4: 1.0, 8: 0.0}}, [site], 0.0, 50.0)
+    assert found.widths == {"fixed": 10, "g": 4} and found.predicted_ns == 40.0
+
+
+def test_the_hint_names_a_budget_that_works() -> None:
+    site = Place("site", form(const=3), form("g"), lambda c_in, c_out: 1234.5 * c_out)
+    with pytest.raises(BudgetError, match=r"--budget 5us"):
+        allocate([group("g", 8)], {"g": [4, 8]}, {}, [site], 0.0, 1000.0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sums_of_many_groups_are_exact_where_costs_are_affine(reverse: bool) -> None:
+    """Eight concatenated groups: 5^8 combinations, so the affine form is used; brute force over the sum is the judge."""
+    names = [f"g{index}" for index in range(8)]
+    widths = [8, 16, 24, 32, 40]
+    wide, narrow = form(*names, const=3), form("k")
+
+    def law(total: int, k: int) -> float:
+        return 100.0 + 5.0 * total * k + (900.0 if k > 16 else 0.0)
+
+    place = Place("join", narrow, wide, lambda a, b: law(b, a)) if reverse else Place("join", wide, narrow, law)
+    losses = {name: {width: (index + 1) * (40 - width) / 10 for width in widths} for index, name in enumerate(names)}
+    losses["k"] = {8: 30.0, 16: 11.0, 32: 0.0}
+    groups = [group(name, 40) for name in names] + [group("k", 32)]
+    candidates = {name: widths for name in names} | {"k": [8, 16, 32]}
+    budget = 0.45 * law(323, 32)
+    best = float("inf")
+    for k in (8, 16, 32):
+        reach = {3: 0.0}  # least loss for each total of the eight widths
+        for name in names:
+            step: dict[int, float] = {}
+            for total, loss in reach.items():
+                for width in widths:
+                    step[total + width] = min(step.get(total + width, 1e9), loss + losses[name][width])
+            reach = step
+        best = min([best, *(losses["k"][k] + loss for total, loss in reach.items() if law(total, k) <= budget)])
+    found = allocate(groups, candidates, losses, [place], 0.0, budget)
+    assert found.loss == pytest.approx(best, abs=1e-2)
+    assert found.predicted_ns <= budget * (1 + 1e-5)
+
+
+def test_two_sums_stay_inside_the_budget_where_costs_are_not_affine() -> None:
+    """Sums on both sides and a staircase: no claim of optimality, but the plan fits by the true costs."""
+    names = [f"g{index}" for index in range(10)]
+
+    def law(c_in: int, c_out: int) -> float:
+        return 1000.0 + 2.0 * (-(-c_in // 16) * 16) * (-(-c_out // 16) * 16)
+
+    sites = [Place("a", form(*names[:6]), form(*names[4:]), law), Place("b", form(*names[2:8]), form("g9"), law)]
+    groups = [group(name, 32) for name in names]
+    candidates = {name: [4, 12, 20, 32] for name in names}
+    losses = {name: {width: float(32 - width) for width in candidates[name]} for name in names}
+    dense = latency_ns(sites, 0.0, {name: 32 for name in names})
+    found = allocate(groups, candidates, losses, sites, 0.0, 0.5 * dense)
+    assert found.predicted_ns <= 0.5 * dense * (1 + 1e-5)
+    assert found.predicted_ns > 0.25 * dense

@@ -1,0 +1,193 @@
+"""One round of pruning: score the network as it stands, and, given widths, cut, prove and repair it.
+
+The dense network stays the reference throughout: responses and repair targets are its outputs, however many rounds went before. Calibration
+images travel as one float32 array [M, C, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolkit.graph import Program, apply, prove
+from toolkit.prune.consumers import consumer
+from toolkit.prune.effects import Sensitivity, measure_effects, sensitivities
+from toolkit.prune.engine import Engine, cache
+from toolkit.prune.repair import Repaired, outputs, repair
+from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order
+from toolkit.schema import Effect
+
+RESPONSE_MACS = 2.5e12  # multiply-accumulates that one round of responses may cost; sets how many images it uses
+RESPONSE_IMAGES = (24, 256)
+REPAIR_BYTES = 3e9  # activations that the repair may hold
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """The network after some rounds: `alive` has the surviving original channels of every group that was cut."""
+
+    program: Program
+    alive: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def widths(self, dense: Program) -> dict[str, int]:
+        return {g.name: len(self.alive.get(g.name, range(g.width))) for g in dense.groups}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a round knows: order of removal and responses by group, effects of all channels (current indices)."""
+
+    groups: Mapping[str, GroupResponses]
+    effects: Sequence[Effect]
+    images: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The outcome of one cut: the state after it, how exact the proof was and what the repair did."""
+
+    state: State
+    proof: float
+    repaired: Repaired | None
+
+
+def candidate_widths(width: int, floor: int, least: int) -> tuple[int, ...]:
+    """Widths worth asking about: eighths of the full one on a grid of 2 to 16 channels, the full one, and 0 where a branch may go."""
+    grid = 16 if width >= 64 else 8 if width >= 48 else 4 if width >= 24 else 2 if width >= 16 else 1
+    step = -(-max(1, width // 8) // grid) * grid
+    inner = [w for w in range(step, width, step) if w >= least]
+    return tuple(([0] if floor == 0 and least <= 1 else []) + inner + [width])
+
+
+def response_images(program: Program, candidates: Mapping[str, Sequence[int]], available: int) -> int:
+    """How many images a round of responses uses, from its cost in multiply-accumulates (each intervention runs half the network on average)."""
+    interventions = sum(len(w) for w in candidates.values())
+    affordable = int(RESPONSE_MACS / max(1.0, 0.5 * interventions * program.macs()))
+    return min(available, max(RESPONSE_IMAGES[0], min(RESPONSE_IMAGES[1], affordable)))
+
+
+def score(
+    dense: Program,
+    state: State,
+    images: np.ndarray[Any, Any],
+    candidates: Mapping[str, Sequence[int]],
+    method: str,
+    *,
+    repair: bool,
+    round_: int,
+    seed: int,
+    effect_passes: float,
+    progress: Progress,
+) -> Scores:
+    """Effects, orders and responses of the network as it stands.
+
+    Args:
+        candidates: widths to ask about by group; groups that are missing are left alone.
+        method: `causal`, or a baseline order: `taylor`, `l1`, `l2`, `random`.
+    """
+    program = state.program
+    names = [g.name for g in program.prunable if g.name in candidates]
+    asked = {n: [w for w in candidates[n] if w <= program.group(n).width] for n in names}
+    count = response_images(program, asked, len(images))
+    sample = torch.from_numpy(images[:count])
+    engine = Engine.of(program)
+    progress("activations", 0, 1)
+    cached = cache(engine, sample)
+    reference = outputs(Engine.of(dense), sample)
+    sensitivity = sensitivities(program, engine, sample, seed)
+    progress("activations", 1, 1)
+    effects = measure_effects(cached, sensitivity, progress, effect_passes)
+    found = {}
+    for i, name in enumerate(names):
+        progress(f"responses, round {round_ + 1}", i, len(names))
+        orders = removal_orders(program, engine, sensitivity, effects, name, method, repair, seed)
+        found[name] = group_responses(cached, reference, name, asked[name], orders, sensitivity, repair=repair, round_=round_)
+    progress(f"responses, round {round_ + 1}", len(names), len(names))
+    return Scores(found, effects, count)
+
+
+def removal_orders(
+    program: Program,
+    engine: Engine,
+    sensitivity: Sensitivity,
+    effects: Sequence[Effect],
+    group: str,
+    method: str,
+    repair: bool,
+    seed: int,
+) -> dict[str, Sequence[int] | None]:
+    """Candidate orders of removal by name; None is greedy least-squares elimination."""
+    if method == "causal":
+        causal: dict[str, Sequence[int] | None] = {"causal effect": causal_order(effects, group)}
+        return {"least squares": None, **causal} if repair else causal
+    if method == "taylor":
+        return {"taylor": [int(n) for n in np.argsort(np.abs(sensitivity.effects[group]).mean(0), kind="stable")]}
+    if method == "random":
+        generator = np.random.default_rng([seed, program.units[group][0]])
+        return {"random": [int(n) for n in generator.permutation(program.group(group).width)]}
+    return {method: magnitude_order(program, group, engine.params, 1 if method == "l1" else 2)}
+
+
+def cut(
+    dense: Program,
+    state: State,
+    scores: Scores,
+    widths: Mapping[str, int],
+    images: np.ndarray[Any, Any],
+    *,
+    repair_: bool,
+    seed: int,
+    progress: Progress,
+) -> Cut:
+    """Slice the program to these widths, prove the slices, and repair."""
+    kept = {}
+    for name, found in scores.groups.items():
+        width, now = widths[name], state.program.group(name).width
+        if width < now:
+            kept[name] = sorted(found.order[now - width :])
+    sliced = apply(state.program, kept)
+    proof = prove(state.program, sliced, kept, seed)
+    alive = dict(state.alive)
+    for name, indices in kept.items():
+        before = alive.get(name, tuple(range(dense.group(name).width)))
+        alive[name] = tuple(before[i] for i in indices)
+    if not repair_ or not alive:
+        return Cut(State(sliced, alive), proof, None)
+    done = repair(Engine.of(dense), sliced, alive, torch.from_numpy(images[: repair_images(dense, len(images))]), progress)
+    return Cut(State(done.program, alive), proof, done)
+
+
+def repair_images(program: Program, available: int) -> int:
+    """Calibration images that the repair can hold activations of."""
+    largest = max(int(np.prod(s[1:])) for s in program.shapes.values() if len(s) > 1)
+    return max(16, min(available, int(REPAIR_BYTES / (4 * 3 * largest))))
+
+
+def floor_state(dense: Program, widths: Mapping[str, int]) -> State:
+    """The program at these widths with the first channels of each group: for timing, not for use."""
+    kept = {g.name: range(widths[g.name]) for g in dense.prunable if widths.get(g.name, g.width) < g.width}
+    return State(apply(dense, kept), {name: tuple(r) for name, r in kept.items()})
+
+
+def probe(dense: Program, widths: Mapping[str, int]) -> Program:
+    """Alias of `floor_state` for width variants: the program at these widths."""
+    return floor_state(dense, widths).program
+
+
+def held_groups(program: Program) -> dict[str, str]:
+    """Groups that this version leaves whole though they could be cut, with the reason."""
+    held = {}
+    for form in program.forms():
+        if len(form.terms) > 1:
+            for name, _ in form.terms:
+                held[name] = "its channels share a dimension with another group's; such sums are not allocated yet"
+    for group in program.prunable:
+        if any(consumer(program, program.nodes[n]) is None for n in group.consumers):
+            held.setdefault(group.name, "a consumer of it is neither a plain convolution nor a linear")
+    return held

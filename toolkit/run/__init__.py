@@ -1,0 +1,483 @@
+"""The main job and its single steps, from a request to a report. Each raises only errors of the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from toolkit import bench as benches
+from toolkit import report as reports
+from toolkit.errors import UsageError
+from toolkit.export import export_artefacts, save_program, save_weights, sha256
+from toolkit.graph import unprunable
+from toolkit.prune import effects as causes
+from toolkit.prune.allocate import Allocation
+from toolkit.run import loop
+from toolkit.run.evaluate import Accuracy, judge, predictions
+from toolkit.run.prepare import (
+    Device,
+    Images,
+    Traced,
+    allocatable,
+    latency_model,
+    load_and_trace,
+    load_images,
+    open_device,
+)
+from toolkit.schema import (
+    Artefact,
+    Budget,
+
+    CategoryCounts,
+    Comparison,
+    Effect,
+    Evaluation,
+    GroupPlan,
+    GroupReport,
+    Groups,
+    KernelTime,
+    Manifest,
+    Measurement,
+    Plan,
+    Precision,
+    Preprocess,
+    Report,
+    RunRequest,
+    Statistic,
+    TableSummary,
+    save_json,
+    write_text,
+)
+
+Progress = Callable[[str, float, float], None]
+PACKAGES = ("edgekit", "torch", "onnx", "onnxruntime", "openvino", "onnxsim", "numpy", "scipy")
+
+
+class Clock:
+    """Wall time of each step in seconds."""
+
+    def __init__(self) -> None:
+        self.wall_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.wall_s[name] = round(self.wall_s.get(name, 0.0) + time.monotonic() - started, 2)
+
+
+def demo_request(out: str, budget: Budget, profile: str = "local-onnxruntime", seed: int = 0) -> RunRequest:
+    """The main job on the model and images inside the package."""
+    from toolkit import demo
+
+    return RunRequest(
+        model="demo", data=str(demo.data_path()), eval_data=str(demo.eval_path()), out=out, budget=budget, profile=profile, seed=seed
+    )
+
+
+def run(request: RunRequest, progress: Progress) -> Report:
+    """Prune, export, measure and report; everything is written under `request.out`.
+
+    Raises:
+        EdgekitError: with what was wrong and what to run next; a missed budget is no error but the report's verdict.
+    """
+    clock, out = Clock(), Path(request.out)
+    device = open_device(request.profile, request.threads, request.precision)
+    with clock.step("trace"):
+        progress("trace", 0, 1)
+        traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
+        candidates, held = allocatable(traced.program, request.keep, request.min_width)
+        progress("trace", 1, 1)
+    if not candidates:
+        raise UsageError("No channel group of this model can be pruned.", "See why: " + "; ".join(f"{n}: {r}" for n, r in held.items())[:400])
+    with clock.step("images"):
+        images = load_images(request, traced.preprocess, traced.classes)
+    clear(out)
+    with clock.step("dense"):
+        progress("dense model", 0, 1)
+        dense = export_dense(device, traced, images, out, request.model)
+        dense_path = out / f"dense{device.artefact_suffix}"
+        measured = benches.measure(device.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
+        progress("dense model", 1, 1)
+    exact_ns = request.budget.latency_ns
+    budget = exact_ns / measured.latency_ns if exact_ns else request.budget.ratio
+    with clock.step("table"):
+        model = latency_model(device, traced.program, candidates, request.seed, measured.latency_ns, progress)
+    job = loop.Job(request, device, traced.program, images, candidates, model, dense_path, out, budget, exact_ns, progress)
+    try:
+        with clock.step("floor"):
+            floor_share = loop.check_floor(job)
+        with clock.step("prune"):
+            outcome = loop.close(job)
+        chosen = outcome.attempt
+        with clock.step("deliver"):
+            artefacts = (*dense, *move(chosen, out))
+            save_program(chosen.cut.state.program, out / "model.pt2")
+            save_weights(chosen.cut.state.program, out / "weights.safetensors")
+        with clock.step("evaluate"):
+            before = predictions(device, dense_path, images, "accuracy, dense", progress)
+            after = predictions(device, job.pruned_path(out), images, "accuracy, pruned", progress)
+            accuracy = judge(before, after, images.labels)
+    finally:
+        for leftover in out.glob(".attempt*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(out / ".floor", ignore_errors=True)
+    report = compose(job, traced, outcome, accuracy, floor_share, held, clock)
+    write_run(job, traced, outcome, artefacts, report)
+    return report
+
+
+def clear(out: Path) -> None:
+    """Make the folder, without an earlier run's results in it."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file.", "Give -o a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.html", "plan.json", "manifest.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def export_dense(device: Device, traced: Traced, images: Images, out: Path, name: str) -> tuple[Artefact, ...]:
+    profile = device.profile
+    return export_artefacts(
+        traced.program,
+        out,
+        "dense",
+        role="dense",
+        runtime=profile.runtime,
+        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        precision=profile.precision,
+        threads=profile.threads,
+        samples=loop.parity_samples(images),
+        metadata={"edgekit.profile": profile.id, "edgekit.model": name},
+    )
+
+
+def move(chosen: loop.Attempt, out: Path) -> tuple[Artefact, ...]:
+    """The attempt's files into the run's folder."""
+    for file in chosen.folder.iterdir():
+        os.replace(file, out / file.name)
+    return chosen.artefacts
+
+
+def compose(
+    job: loop.Job, traced: Traced, outcome: loop.Outcome, accuracy: Accuracy, floor_share: float, held: dict[str, str], clock: Clock
+) -> Report:
+    """The report from what the steps returned."""
+    request, chosen = job.request, outcome.attempt
+    final = loop.confirmation(chosen)
+    dense_ns, measured_ns = final.dense.latency_ns, final.pruned.latency_ns
+    pruned_program = chosen.cut.state.program
+    removed = removed_effects(job, outcome)
+    repaired = chosen.cut.repaired
+    return Report(
+        verdict="met" if loop.met(job, chosen) else "missed",
+        valid=final.pruned.valid and final.dense.valid,
+        invalid_reasons=tuple(dict.fromkeys((*final.dense.invalid_reasons, *final.pruned.invalid_reasons))),
+        model=request.model,
+        method=request.method,
+        profile=job.device.profile.id,
+        runtime=f"{job.device.profile.runtime} {job.device.fingerprint.runtime_version}",
+        budget=request.budget.text,
+        budget_ns=job.exact_ns or request.budget.ratio * dense_ns,
+        statistic=request.statistic,
+        dense_ns=dense_ns,
+        measured_ns=measured_ns,
+        measured_ci95_ns=final.pruned_ci95_ns,
+        predicted_ns=chosen.predicted * dense_ns,
+        speedup=1 / final.ratio,
+        speedup_ci95=(1 / final.ratio_ci95[1], 1 / final.ratio_ci95[0]),
+        accuracy_dense=accuracy.dense,
+        accuracy_pruned=accuracy.pruned,
+        accuracy_change_ci95=accuracy.change_ci95,
+        agreement=accuracy.agreement,
+        evaluation_images=accuracy.images,
+        calibration_images=len(job.images.calibration),
+        parameters_dense=job.program.parameter_count(),
+        parameters_pruned=pruned_program.parameter_count(),
+        macs_dense=job.program.macs(),
+        macs_pruned=pruned_program.macs(),
+        size_dense_bytes=size(job.dense_path),
+        size_pruned_bytes=size(job.pruned_path(job.folder)),
+        prunable_macs_share=job.program.prunable_macs_share(),
+        floor_ns=floor_share * dense_ns,
+        optimality_gap=chosen.allocation.optimality_gap,
+        iterations=outcome.iterations,
+        table=job.model.summary(),
+        groups=group_reports(job, outcome, removed),
+        unprunable=tuple(dict([*unprunable(job.program), *held.items()]).items()),
+        critical_removed=sum(counts.critical + counts.undecided for counts in removed.values()),
+        kernels=kernel_times(job, chosen.allocation),
+        proof_max_relative_error=outcome.proof,
+        repair=describe_repair(repaired, request),
+        wall_s=clock.wall_s,
+        seed=request.seed,
+        environment=environment(job.device),
+        command=command_of(request),
+        notes=notes(traced, outcome),
+    )
+
+
+def size(path: Path) -> int:
+    """Bytes of an artefact with its weights file."""
+    return sum(p.stat().st_size for p in {path, path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")} if p.exists())
+
+
+def describe_repair(repaired: object, request: RunRequest) -> str:
+    from toolkit.prune.repair import Repaired
+
+    if not isinstance(repaired, Repaired):
+        return "off" if not request.repair else "nothing was cut"
+    solved = sum(layer.ridge >= 0 for layer in repaired.layers)
+    verb = "kept" if repaired.kept else "not kept, it did not help"
+    return (
+        f"least squares in {solved} of {len(repaired.layers)} operators, {verb}: "
+        f"distortion on held-back images {repaired.before:.4f} -> {repaired.after:.4f}"
+    )
+
+
+def removed_effects(job: loop.Job, outcome: loop.Outcome) -> dict[str, CategoryCounts]:
+    """Categories, in the dense network, of the channels that went."""
+    effects = outcome.scores[0].effects
+    alive = outcome.attempt.cut.state.alive
+    return {
+        g.name: causes.count(effects, g.name, set(range(g.width)) - set(alive[g.name])) if g.name in alive else CategoryCounts()
+        for g in job.program.groups
+    }
+
+
+def group_reports(job: loop.Job, outcome: loop.Outcome, removed: dict[str, CategoryCounts]) -> tuple[GroupReport, ...]:
+    effects: dict[str, list[Effect]] = {}
+    for effect in outcome.scores[0].effects:
+        effects.setdefault(effect.group, []).append(effect)
+    after = outcome.attempt.cut.state.widths(job.program)
+    found = []
+    for g in job.program.groups:
+        own = effects.get(g.name, [])
+        mean = sum(e.effect_logodds for e in own) / len(own) if own else 0.0
+        low = sum(e.ci_low for e in own) / len(own) if own else 0.0
+        high = sum(e.ci_high for e in own) / len(own) if own else 0.0
+        found.append(
+            GroupReport(
+                name=g.name,
+                kind=g.kind,
+                width_before=g.width,
+                width_after=after[g.name],
+                effect_mean=mean,
+                effect_ci95=(low, high),
+                categories=causes.count(list(own), g.name),
+                removed=removed[g.name],
+                responses=tuple(r for s in outcome.scores if g.name in s.groups for r in s.groups[g.name].responses),
+            )
+        )
+    return tuple(found)
+
+
+def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...]:
+    """Where the time goes, from the latency table: each site dense and pruned, and why a cut bought nothing there."""
+    before, after = job.dense_widths, allocation.widths
+    found = []
+    for site in job.model.sites:
+        dense = job.model.site_cost(site, site.c_in.at(before), site.c_out.at(before))
+        shape, cut = (site.c_in.at(before), site.c_out.at(before)), (site.c_in.at(after), site.c_out.at(after))
+        pruned = job.model.site_cost(site, *cut)
+        note = ""
+        if 0 in cut and 0 not in shape:
+            note = "gone with its branch"
+        elif cut != shape and pruned > 0.95 * dense:
+            note = "narrower but not faster: channels are padded to the runtime's block, or fixed overhead dominates"
+        found.append(KernelTime(name=site.name, key=site.key, dense_ns=dense, pruned_ns=pruned, note=note))
+    return tuple(found)
+
+
+def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
+    effects = outcome.scores[0].effects
+    intervened = sum(e.source == "intervention" for e in effects)
+    return (
+        *traced.loaded.notes,
+        f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
+        f"Responses used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
+        "Times by kernel come from the latency table, not from a profile of the delivered file.",
+    )
+
+
+def environment(device: Device) -> dict[str, str]:
+    facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}", "device": device.fingerprint.device}
+    return facts | versions() | {"threads": str(device.profile.threads), "fingerprint": device.fingerprint.id}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def command_of(request: RunRequest) -> str:
+    """The command line that repeats the run."""
+    words = ["edgekit", "run", request.model, "--data", request.data, "-p", request.profile, "--budget", request.budget.text, "-o", request.out]
+    for flag, value in (("--weights", request.weights), ("--eval-data", request.eval_data), ("--classes", request.classes)):
+        words += [flag, value] if value else []
+    if request.preprocess is not None:
+        p = request.preprocess
+        words += ["--input", "x".join(map(str, p.input)), "--mean", ",".join(map(str, p.mean)), "--std", ",".join(map(str, p.std))]
+        words += ["--resize", str(p.resize)] if p.resize else []
+        words += ["--crop", str(p.crop)] if p.crop else []
+    for flag, value, default in (
+        ("--statistic", request.statistic, "median"),
+        ("--method", request.method, "causal"),
+        ("--samples", request.samples, 512),
+        ("--seed", request.seed, 0),
+        ("--threads", request.threads, 1),
+        ("--min-width", request.min_width, 1),
+        ("--rounds", request.rounds, 0),
+    ):
+        words += [flag, str(value)] if value != default else []
+    words += [] if request.repair else ["--no-repair"]
+    words += [word for pattern in request.keep for word in ("--keep", pattern)]
+    return shlex.join(words)
+
+
+def make_plan(job: loop.Job, outcome: loop.Outcome, report: Report) -> Plan:
+    alive = outcome.attempt.cut.state.alive
+    removed = {g.name: g.removed for g in report.groups}
+    return Plan(
+        model=job.request.model,
+        method=job.request.method,
+        seed=job.request.seed,
+        profile=job.device.profile.id,
+        table=job.model.table_id,
+        dense_ns=report.dense_ns,
+        budget_ns=report.budget_ns,
+        target_ns=outcome.iterations[-1].target_ns,
+        predicted_ns=report.predicted_ns,
+        optimality_gap=report.optimality_gap,
+        rounds=outcome.rounds,
+        groups=tuple(
+            GroupPlan(
+                name=g.name,
+                kind=g.kind,
+                width_before=g.width,
+                width_after=len(alive.get(g.name, range(g.width))),
+                kept=tuple(alive.get(g.name, range(g.width))),
+                removed=removed[g.name],
+            )
+            for g in job.program.groups
+        ),
+    )
+
+
+def write_run(job: loop.Job, traced: Traced, outcome: loop.Outcome, artefacts: Sequence[Artefact], report: Report) -> None:
+    """All records of a run; `report.json` last, so that its presence means a whole run."""
+    out, request = job.folder, job.request
+    comparison = loop.confirmation(outcome.attempt)
+    save_json(out / "measurements" / "comparison.json", comparison)
+    resolved = msgspec.structs.replace(
+        request,
+        preprocess=traced.preprocess,
+        data=str(Path(request.data).resolve()),
+        eval_data=str(Path(request.eval_data).resolve()) if request.eval_data else "",
+    )
+    save_json(out / "request.json", resolved)
+    save_json(
+        out / "evaluation.json",
+        Evaluation(data=job.images.evaluation_path, classes=request.classes, indices=tuple(int(i) for i in job.images.indices)),
+    )
+    shapes = {name: tuple(value.shape) for name, value in job.program.module.state_dict().items()}
+    save_json(out / "groups.json", Groups(groups=job.program.groups, dense_shapes=shapes))
+    save_json(out / "plan.json", make_plan(job, outcome, report))
+    save_json(
+        out / "manifest.json",
+        Manifest(
+            artefacts=tuple(artefacts),
+            plan_sha256=sha256(out / "plan.json"),
+            weights_sha256=sha256(out / "weights.safetensors"),
+            program_sha256=sha256(out / "model.pt2"),
+            profile=job.device.profile,
+            fingerprint=job.device.fingerprint,
+            versions=versions(),
+        ),
+    )
+    write_text(out / "report.html", reports.html(report, comparison))
+    save_json(out / "report.json", report)
+
+
+def measure(
+    model: str,
+    weights: str,
+    preprocess: Preprocess | None,
+    profile_id: str,
+    threads: int,
+    precision: Precision,
+    seed: int,
+    progress: Progress,
+) -> TableSummary:
+    """Fill the latency table that a model needs on a device."""
+    import tempfile
+
+    from toolkit.export import save_onnx, to_onnx
+
+    device = open_device(profile_id, threads, precision)
+    traced = load_and_trace(model, weights, preprocess, seed)
+    candidates, _ = allocatable(traced.program)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        save_onnx(to_onnx(traced.program), path, {})
+        dense = benches.measure(device.profile, path, time_limit_s=30.0)
+    return latency_model(device, traced.program, candidates, seed, dense.latency_ns, progress).summary()
+
+
+def export(
+    model: str, weights: str, preprocess: Preprocess | None, profile_id: str, out: str, precision: Precision, progress: Progress
+) -> tuple[Artefact, ...]:
+    """Export a model as it is, in the profile's format and as ONNX, each checked against PyTorch on random inputs."""
+    import numpy as np
+
+    device = open_device(profile_id, 1, precision)
+    traced = load_and_trace(model, weights, preprocess, 0)
+    profile = device.profile
+    progress("export", 0, 1)
+    shape = (1, *traced.preprocess.input[1:])
+    artefacts = export_artefacts(
+        traced.program,
+        Path(out),
+        "model",
+        role="dense",
+        runtime=profile.runtime,
+        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        precision=precision,
+        threads=1,
+        samples={"random": np.random.default_rng(0).standard_normal(shape, np.float32)},
+        metadata={"edgekit.profile": profile.id, "edgekit.model": model},
+    )
+    progress("export", 1, 1)
+    return artefacts
+
+
+def bench(paths: Sequence[str], profile_id: str, threads: int, statistic: str, progress: Progress) -> Comparison | Measurement:
+    """Time one artefact, or two interleaved."""
+    device = open_device(profile_id, threads, "fp32")
+    chosen: Statistic = msgspec.convert(statistic, type=Statistic)
+
+    def rounds(done: int, planned: int) -> None:
+        progress("rounds", done, planned)
+
+    if len(paths) == 1:
+        return benches.measure(device.profile, Path(paths[0]), statistic=chosen, progress=rounds)
+    if len(paths) == 2:
+        return benches.compare(device.profile, Path(paths[0]), Path(paths[1]), statistic=chosen, progress=rounds)
+    raise UsageError(f"{len(paths)} artefacts were given.", "Give one, or two to compare: edgekit bench dense.onnx model.onnx")
+
+
+__all__ = ["bench", "demo_request", "export", "measure", "run"]

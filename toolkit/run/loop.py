@@ -1,0 +1,264 @@
+"""The closed loop: score, allocate, cut, export, measure; correct the table by what was measured; solve again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from toolkit import bench
+from toolkit.errors import BudgetError
+from toolkit.export import export_artefacts
+from toolkit.graph import Program
+from toolkit.latency import LatencyModel
+from toolkit.prune.allocate import Allocation, allocate, floor
+from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, score
+from toolkit.run.prepare import Device, Images
+from toolkit.schema import Artefact, Comparison, Iteration, RunRequest
+
+AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
+MAX_ITERATIONS = 4
+EFFECT_PASSES = 12.0
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same throughout a run. `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one."""
+
+    request: RunRequest
+    device: Device
+    program: Program
+    images: Images
+    candidates: Mapping[str, Sequence[int]]
+    model: LatencyModel
+    dense_path: Path
+    folder: Path
+    budget: float
+    exact_ns: float
+    progress: Progress
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        return {g.name: g.width for g in self.program.groups}
+
+    def predicted(self, widths: Mapping[str, int]) -> float:
+        """Predicted latency as a share of the dense network's."""
+        return self.model.predict(widths) / self.model.predict(self.dense_widths)
+
+    def pruned_path(self, folder: Path) -> Path:
+        return folder / f"model{self.device.artefact_suffix}"
+
+    def upper(self, measured: Comparison) -> float:
+        """Upper end of the interval of measured / budget."""
+        return measured.pruned_ci95_ns[1] / self.exact_ns if self.exact_ns else measured.ratio_ci95[1] / self.budget
+
+    def share(self, measured: Comparison) -> float:
+        """Measured / budget."""
+        return measured.pruned.latency_ns / self.exact_ns if self.exact_ns else measured.ratio / self.budget
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A pruned network that was exported and measured."""
+
+    cut: Cut
+    allocation: Allocation
+    artefacts: tuple[Artefact, ...]
+    folder: Path
+    measured: Comparison
+    predicted: float  # share of dense, after the scale that was in force
+    confirmed: Comparison | None = None  # measured again in a fresh process
+
+    @property
+    def loss(self) -> float:
+        """Distortion on held-back images, where a repair measured it."""
+        return self.cut.repaired.after if self.cut.repaired and self.cut.repaired.kept else self.allocation.loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    attempt: Attempt
+    scores: tuple[Scores, ...]  # one a round, the first of the dense network
+    iterations: tuple[Iteration, ...]
+    rounds: int
+    proof: float
+
+
+def rounds_for(budget: float) -> int:
+    """Deep cuts are made in several rounds, each scored on the repaired network before it."""
+    return 1 if budget >= 0.9 else 2 if budget >= 0.75 else 3
+
+
+def check_floor(job: Job) -> float:
+    """The floor as a share of dense: predicted, or measured where the budget comes near it.
+
+    Raises:
+        BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
+    """
+    groups = job.program.groups
+    lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.scale * job.model.overhead_ns)
+    predicted = job.predicted(lowest.widths)
+    if predicted < 0.8 * job.budget:
+        return predicted
+    state = floor_state(job.program, lowest.widths)
+    folder = job.folder / ".floor"
+    write(job, state, folder)
+    measured = compare(job, job.pruned_path(folder))
+    if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
+        return measured.ratio
+    dense_ns = measured.dense.latency_ns
+    smallest = measured.ratio_ci95[1] * 1.04
+    named = f"{dense_ns * smallest / 1e6:.3g}ms" if job.exact_ns else f"{-(-smallest * 1000 // 1) / 1000:.3f}x"
+    raise BudgetError(
+        f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest the network still takes"
+        f" {measured.pruned.latency_ns / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms ({measured.ratio:.3f}x, measured);"
+        f" {job.program.prunable_macs_share():.0%} of its multiply-accumulates are prunable.",
+        f"The smallest budget that works is --budget {named}.",
+        floor_ns=measured.pruned.latency_ns,
+        smallest_budget_ns=dense_ns * smallest,
+    )
+
+
+def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
+    """Export a state for the device."""
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = job.device.profile
+    return export_artefacts(
+        state.program,
+        folder,
+        "model",
+        role="pruned",
+        runtime="onnxruntime" if profile.runtime != "openvino" else "openvino",
+        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        precision=profile.precision,
+        threads=profile.threads,
+        samples=parity_samples(job.images),
+        metadata={"edgekit.profile": profile.id, "edgekit.table": job.model.table_id, "edgekit.model": job.request.model},
+    )
+
+
+def parity_samples(images: Images) -> dict[str, object]:
+    import numpy as np
+
+    real = images.calibration[:1]
+    return {"real": real, "random": np.random.default_rng(0).standard_normal(real.shape, np.float32)}
+
+
+def compare(job: Job, path: Path, fresh: bool = False) -> Comparison:
+    """Dense and pruned, interleaved."""
+    return bench.compare(
+        job.device.profile, job.dense_path, path, statistic=job.request.statistic, time_limit_s=90.0 if fresh else 45.0, fresh_process=fresh
+    )
+
+
+def losses(scores: Scores) -> dict[str, dict[int, float]]:
+    """Added distortion by group and width, relative to the width it has now."""
+    found = {}
+    for name, group in scores.groups.items():
+        now = max(group.responses, key=lambda r: r.width).distortion
+        found[name] = {r.width: r.distortion - now for r in group.responses}
+    return found
+
+
+def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
+    """Candidate widths from here on: none wider than the group is by now."""
+    now = state.widths(job.program)
+    return {name: tuple(w for w in widths if w <= now[name]) or (now[name],) for name, widths in job.candidates.items()}
+
+
+def solve(job: Job, state: State, scores: Scores, share: float) -> Allocation:
+    """Widths for a share of the dense latency as the table sees it; the fastest network where none is predicted fast enough."""
+    overhead = job.model.scale * job.model.overhead_ns
+    arguments = (job.program.groups, options(job, state), losses(scores), job.model.costs(), overhead)
+    try:
+        return allocate(*arguments, share * job.model.predict(job.dense_widths))
+    except BudgetError:
+        return floor(*arguments)
+
+
+def attempt(job: Job, state: State, scores: Scores, share: float, scale: float, folder: Path) -> Attempt:
+    """Allocate for `share` of dense under the table's correction `scale`, cut, repair, export and measure."""
+    allocation = solve(job, state, scores, share / scale)
+    done = cut(
+        job.program, state, scores, allocation.widths, job.images.calibration,
+        repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
+    )  # fmt: skip
+    job.progress("export and measure", 0, 1)
+    artefacts = write(job, done.state, folder)
+    measured = compare(job, job.pruned_path(folder))
+    job.progress("export and measure", 1, 1)
+    return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths))
+
+
+def close(job: Job) -> Outcome:
+    """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget."""
+    rounds = job.request.rounds or rounds_for(job.budget)
+    state, scale, proof = State(job.program), 1.0, 0.0
+    history: list[Scores] = []
+    iterations: list[Iteration] = []
+    for r in range(rounds):
+        scores = score(
+            job.program, state, job.images.calibration, options(job, state), job.request.method,
+            repair=job.request.repair, round_=r, seed=job.request.seed, effect_passes=EFFECT_PASSES if r == 0 else 0.0, progress=job.progress,
+        )  # fmt: skip
+        history.append(scores)
+        last = r == rounds - 1
+        share = AIM * job.budget ** ((r + 1) / rounds)
+        tried: list[Attempt] = []
+        for turn in range(MAX_ITERATIONS if last else 1):
+            found = attempt(job, state, scores, share, scale, job.folder / f".attempt{r}.{turn}")
+            tried.append(found)
+            dense_ns = found.measured.dense.latency_ns
+            scale *= found.measured.ratio / found.predicted
+            iterations.append(
+                Iteration(
+                    target_ns=share * dense_ns,
+                    predicted_ns=found.predicted * dense_ns,
+                    measured_ns=found.measured.pruned.latency_ns,
+                    ratio=found.measured.ratio,
+                    scale=scale,
+                )
+            )
+            proof = max(proof, found.cut.proof)
+            if not last:
+                break
+            if LOWEST <= job.share(found.measured) and job.upper(found.measured) <= HIGHEST:
+                tried[-1] = found = confirm(job, found)
+                if met(job, found):
+                    break
+                scale *= confirmation(found).ratio / found.measured.ratio
+            if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
+                share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
+        state = found.cut.state
+    return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
+
+
+def confirm(job: Job, found: Attempt) -> Attempt:
+    """The same files measured once more in a fresh process: the number that is reported."""
+    job.progress("confirmation", 0, 1)
+    again = compare(job, job.pruned_path(found.folder), fresh=True)
+    job.progress("confirmation", 1, 1)
+    return replace(found, confirmed=again)
+
+
+def confirmation(found: Attempt) -> Comparison:
+    assert found.confirmed is not None
+    return found.confirmed
+
+
+def met(job: Job, found: Attempt) -> bool:
+    """Whether the confirmation's upper 95 % bound is inside the budget."""
+    return found.confirmed is not None and job.upper(found.confirmed) <= HIGHEST
+
+
+def deliver(job: Job, tried: Sequence[Attempt]) -> Attempt:
+    """Of the networks inside the budget the one that loses least, confirmed; where none is, the fastest."""
+    inside = [a for a in tried if job.upper(a.measured) <= HIGHEST and (a.confirmed is None or met(job, a))]
+    for found in sorted(inside, key=lambda a: a.loss):
+        found = found if found.confirmed else confirm(job, found)
+        if met(job, found):
+            return found
+    fastest = min(tried, key=lambda a: a.measured.ratio)
+    return fastest if fastest.confirmed else confirm(job, fastest)

@@ -1,0 +1,193 @@
+"""What a run starts from: model, images, traced program, device and latency model."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import calibration
+from toolkit import backends, profiles
+from toolkit.errors import DataError, UsageError
+from toolkit.export import save_onnx, to_onnx
+from toolkit.graph import Program, example_input, trace
+from toolkit.latency import LatencyModel, choose_probe_widths, measure_model, solve
+from toolkit.models import LoadedModel, load_model, resolve_preprocess
+from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
+from toolkit.schema import DimForm, Fingerprint, Precision, Preprocess, Profile, RunRequest
+
+Progress = Callable[[str, float, float], None]
+EVALUATION_SHARE = 0.25
+EXTRA_NETWORKS = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """A profile with its runtime and what its latencies are a property of."""
+
+    profile: Profile
+    backend: backends.Backend
+    fingerprint: Fingerprint
+
+    @property
+    def artefact_suffix(self) -> str:
+        return ".xml" if self.profile.format == "openvino" else ".onnx"
+
+
+def open_device(profile_id: str, threads: int, precision: Precision) -> Device:
+    """The profile with the request's threads and precision.
+
+    Raises:
+        UsageError: unknown profile, or a precision that pruning cannot target yet.
+        MissingError: its runtime is not installed.
+    """
+    profile = msgspec.structs.replace(profiles.load(profile_id), threads=threads, precision=precision)
+    if precision != "fp32":
+        raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
+    backend = backends.get(profile.runtime)
+    return Device(profile, backend, profiles.fingerprint(profile, backend.version()))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Calibration inputs [M, C, H, W], and the data set and indices that accuracy is counted on."""
+
+    calibration: np.ndarray[Any, Any]
+    evaluation: calibration.Dataset
+    evaluation_path: str
+    indices: np.ndarray[Any, Any]
+    transform: calibration.Transform
+
+    @property
+    def labels(self) -> np.ndarray[Any, Any] | None:
+        labels = self.evaluation.labels
+        return None if labels is None else np.asarray(labels)[self.indices]
+
+
+def transform_of(preprocess: Preprocess) -> calibration.Transform:
+    return calibration.Transform(**msgspec.structs.asdict(preprocess))
+
+
+def load_images(request: RunRequest, preprocess: Preprocess, classes: int) -> Images:
+    """Calibration and evaluation images, apart from each other.
+
+    Raises:
+        DataError: nothing usable there, an unreadable image, labels outside the model's classes.
+    """
+    try:
+        names = request.classes or None
+        transform = transform_of(preprocess)
+        dataset = calibration.open_dataset(request.data, names)
+        if request.eval_data:
+            evaluation, path = calibration.open_dataset(request.eval_data, names), request.eval_data
+            indices, exclude = np.arange(len(evaluation)), np.empty(0, np.int64)
+        else:
+            evaluation, path = dataset, request.data
+            _, indices = calibration.split(dataset, EVALUATION_SHARE, request.seed)
+            exclude = indices
+        for each in (dataset, evaluation):
+            if each.labels is not None:
+                calibration.check_labels(each, classes)
+        chosen = calibration.select(dataset, request.samples, request.seed, exclude)
+        if not len(chosen) or not len(indices):
+            raise calibration.DataProblem(
+                f"{request.data} has {len(dataset)} images, too few to calibrate and evaluate on.", "Give at least 8 images, better 512."
+            )
+        inputs = calibration.augment(calibration.load_batch(dataset, chosen, transform), request.seed)
+        return Images(inputs, evaluation, str(Path(path).resolve()), indices, transform)
+    except calibration.DataProblem as problem:
+        raise DataError(problem.message, problem.hint) from problem
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model, its input, and its program."""
+
+    loaded: LoadedModel
+    preprocess: Preprocess
+    program: Program
+
+    @property
+    def classes(self) -> int:
+        output = next(n for n in self.program.module.graph.nodes if n.op == "output")
+        sources = output.all_input_nodes
+        return self.program.shapes[sources[0].name][-1] if sources else 0
+
+
+def load_and_trace(model: str, weights: str, preprocess: Preprocess | None, seed: int) -> Traced:
+    """Model with weights, checked, traced and grouped."""
+    loaded = load_model(model, weights, seed)
+    chosen = resolve_preprocess(preprocess, loaded)
+    return Traced(loaded, chosen, trace(loaded.module, example_input((1, *chosen.input[1:]))))
+
+
+def allocatable(program: Program, keep: Sequence[str] = (), min_width: int = 1) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(candidate widths by group, reason of every group left whole)."""
+    held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
+    held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
+    unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
+    if unmatched:
+        raise UsageError(
+            f"--keep {unmatched[0]} matches no channel group.", f"The groups are {', '.join(g.name for g in program.groups[:12])} ..."
+        )
+    widths = {g.name: candidate_widths(g.width, g.floor, min_width) for g in program.groups if g.name not in held}
+    return {name: found for name, found in widths.items() if len(found) > 1}, held
+
+
+def latency_model(device: Device, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress) -> LatencyModel:
+    """Measure, or load from the cache, the latency model of this program on this device."""
+    progress("width variants", 0, 1)
+    free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
+    forms = [folded(f, free) for f in program.forms()]
+    forms = sorted({f for f in forms if f.terms}, key=lambda f: (f.terms, f.const))
+    dense_widths = {g.name: g.width for g in program.groups}
+    probes = choose_probe_widths(free, forms, seed)
+    exports = [(dense_widths, to_onnx(program))]
+    for i, widths in enumerate(probes):
+        progress("width variants", i + 1, len(probes) + 2)
+        exports.append((widths, to_onnx(floor_state(program, widths).program)))
+    maker = solve(exports[:-1], forms, exports[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        extra = dropped_networks(program, candidates, Path(folder), seed)
+        progress("width variants", 1, 1)
+        return measure_model(
+            device.profile,
+            device.fingerprint,
+            device.backend,
+            maker,
+            candidates,
+            profiles.table_dir(device.fingerprint),
+            seconds=float(np.clip(60 * 40 * dense_ns / 1e9, 45, 150)),
+            seed=seed,
+            progress=progress,
+            extra=extra,
+        )
+
+
+def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:
+    """The form with groups that keep their width moved into its constant."""
+    fixed = {name for name, (least, full) in free.items() if least >= full}
+    const = form.const + sum(k * free[name][1] for name, k in form.terms if name in fixed)
+    return DimForm(const=const, terms=tuple(t for t in form.terms if t[0] not in fixed))
+
+
+def dropped_networks(program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int) -> list[tuple[dict[str, int], Path]]:
+    """Real exports with random branches dropped, which variants cannot be: they anchor what dropping saves."""
+    droppable = [name for name, widths in candidates.items() if 0 in widths]
+    rng = random.Random(seed)
+    found = []
+    for i in range(EXTRA_NETWORKS if droppable else 0):
+        widths = {g.name: g.width for g in program.groups}
+        widths |= {name: rng.choice([w for w in options if w > 0]) for name, options in candidates.items()}
+        widths |= dict.fromkeys(rng.sample(droppable, max(1, len(droppable) * (i + 1) // (EXTRA_NETWORKS + 1))), 0)
+        path = folder / f"dropped{i}.onnx"
+        save_onnx(to_onnx(floor_state(program, widths).program), path, {})
+        found.append((widths, path))
+    return found
