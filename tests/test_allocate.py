@@ -115,10 +115,12 @@ def test_a_larger_budget_never_loses_more(problem: Problem) -> None:
     assert all(later <= earlier + 1e-2 for earlier, later in itertools.pairwise(losses))
 
 
-def test_of_equal_losses_the_faster_wins() -> None:
-    site = Place("site", form(const=3), form("g"), lambda c_in, c_out: 100.0 * c_out)
-    found = allocate([group("g", 8)], {"g": [4, 8]}, {"g": {4: 0.0, 8: 0.0}}, [site], 0.0, 1e6)
-    assert found.widths == {"g": 4}
+@pytest.mark.parametrize(("slope", "faster"), [(100.0, 4), (-100.0, 8)])
+def test_of_equal_losses_the_faster_wins(slope: float, faster: int) -> None:
+    site = Place("site", form(const=3), form("g"), lambda c_in, c_out: 1000.0 + slope * c_out)
+    losses = {"g": {4: 0.0, 8: 0.0}, "h": {4: 1.0, 8: 0.0}}
+    found = allocate([group("g", 8), group("h", 8)], {"g": [4, 8], "h": [4, 8]}, losses, [site], 0.0, 1e4)
+    assert found.widths == {"g": faster, "h": 8}
 
 
 def test_a_group_without_candidates_keeps_its_width() -> None:
@@ -135,9 +137,9 @@ def test_the_hint_names_a_budget_that_works() -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_sums_of_many_groups_are_exact_where_costs_are_affine(reverse: bool) -> None:
-    """Eight concatenated groups: 5^8 combinations, so the affine form is used; brute force over the sum is the judge."""
+    """Eight concatenated groups with more totals than get selectors; dynamic programming over the total is the judge."""
     names = [f"g{index}" for index in range(8)]
-    widths = [8, 16, 24, 32, 40]
+    widths = [7, 16, 25, 33, 40]
     wide, narrow = form(*names, const=3), form("k")
 
     def law(total: int, k: int) -> float:

@@ -84,14 +84,8 @@ class Program:
         return DimForm(const=const, terms=terms)
 
     def forms(self) -> set[DimForm]:
-        """Every distinct form of a dimension of the program, paddings included."""
-        found = set()
-        for name, dims in self.dims.items():
-            for entries in dims:
-                if entries is not None:
-                    found.add(self.form(entries))
-            for left, right in channel_padding(self, self.nodes[name]):
-                found |= {self.form(left), self.form(right)}
+        """Every distinct form of a dimension of the program that depends on the plan."""
+        found = {self.form(entries) for dims in self.dims.values() for entries in dims if entries is not None}
         return {f for f in found if f.terms}
 
     def macs(self) -> int:
@@ -115,21 +109,6 @@ def node_macs(program: Program, node: Node) -> int:
     out, weight = program.shapes[node.name], program.shapes[node.args[1].name]  # type: ignore[union-attr]
     per_output = int(np.prod(weight[1:]))
     return int(np.prod(out[1:])) * per_output
-
-
-def channel_padding(program: Program, node: Node) -> list[tuple[Entries, Entries]]:
-    """For a padding of labelled dimensions: the entries added before and after, per padded dimension."""
-    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
-        return []
-    result = []
-    pads = node.args[1]
-    dims = program.dims[node.name]
-    for k in range(len(pads) // 2):  # type: ignore[arg-type]
-        entries = dims[len(dims) - 1 - k]
-        if entries is not None:
-            before, after = pads[2 * k], pads[2 * k + 1]  # type: ignore[index]
-            result.append((entries[:before], entries[len(entries) - after :]))  # type: ignore[operator,misc]
-    return result
 
 
 def example_input(shape: Sequence[int]) -> torch.Tensor:
@@ -301,7 +280,7 @@ def find_groups(
             for c in dims[node.args[1].name][0]:  # type: ignore[union-attr]
                 first_entry.setdefault(int(c), len(first_entry))
     for c in sorted(first_entry, key=first_entry.__getitem__):
-        if producers[c] and consumers[c]:
+        if producers[c] and (consumers[c] or c in reasons):
             key = (reasons.get(c, ""), frozenset(touched[c].items()), tuple(producers[c]), tuple(consumers[c]))
             signatures[key].append(c)
     groups: list[ChannelGroup] = []

@@ -52,7 +52,7 @@ def find_sites(maker: VariantMaker, precision: str) -> tuple[Site, ...]:
     A light node belongs to the last site with weights that feeds it: the Add of a residual block to the block's own
     convolution, as runtimes fuse it. Light nodes before the first heavy one make a site of their own.
     """
-    nodes = maker.dense.graph.node
+    nodes = maker.skeleton.graph.node
     producer = {name: index for index, node in enumerate(nodes) for name in node.output}
     weights = {slot.name for slot in maker.slots}
     root: dict[int, int] = {}
@@ -135,7 +135,7 @@ def _site(maker: VariantMaker, nodes: Sequence[Any], producer: dict[str, int], f
     head = nodes[0]
     c_in, c_out, kind = _channels(maker, head)
     inside = {name for node in nodes for name in node.output}
-    graph = maker.dense.graph.node
+    graph = maker.skeleton.graph.node
     chain = []
     for node in nodes:
         sides = sorted(graph[producer[name]].op_type for name in node.input if name in producer and name not in inside)

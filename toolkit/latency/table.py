@@ -44,8 +44,8 @@ NETWORKS = 60
 HELD_OUT = 10
 BURST_NS = 8e6  # length of one uninterrupted series of inferences
 NETWORK_SHARE = 0.15  # lowest share of a network's times that its mean is taken of: other work on the machine only adds
-MIN_ROUNDS, MAX_ROUNDS = 4, 60
-MIN_RUNS, MAX_RUNS = 12, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 60
+MIN_RUNS, MAX_RUNS = 5, 200
 PROFILED_SHARE = 0.3  # of a network's time that goes to the profiled pass
 
 
@@ -175,7 +175,7 @@ class _Timer:
         times: list[SiteTime] = []
         lost = profiled_reference = 0.0
         if sites:
-            one = float(np.median(time_burst(call, 3))) / 1e9
+            one = float(np.median(time_burst(call, 2))) / 1e9
             runs = int(np.clip(allowance * PROFILED_SHARE / one, MIN_RUNS, MAX_RUNS))
             before = time_burst(self.reference, self.reference_burst * 2)
             kernels = self.backend.profile(path, threads=self.profile.threads, precision=self.profile.precision, runs=runs)
@@ -208,8 +208,8 @@ class _Timer:
 
 
 def _burst_length(call: Callable[[], object]) -> int:
-    time_burst(call, 3)
-    return int(np.clip(BURST_NS / np.median(time_burst(call, 5)), 3, 60))
+    time_burst(call, 2)
+    return int(np.clip(BURST_NS / np.median(time_burst(call, 3)), 2, 60))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Names in an exported file are no guide to what its dimensions mean: the exporter folds, transposes and merges constants.
 So each integer that may depend on the widths (initializer dimensions, integer attributes, entries of small integer
 constants, output dimensions) is *solved*: its values over the exports are compared with those of every dimension form
-the program has. All float weights point into one random blob, so a variant is a few kB and hundreds share the blob.
+the program has. How a padding splits into before and after depends on which channels are kept, so a padded axis gets the
+difference of the forms around it, all of it before; that costs the same. All float weights point into one random blob,
+so a variant is a few kB and hundreds share the blob.
 """
 
 from __future__ import annotations
@@ -46,18 +48,13 @@ class Slot:
 class VariantMaker:
     """Makes the ONNX model of any positive widths of the dense program it was solved for."""
 
-    dense: Any  # onnx.ModelProto without value_info, every initializer use named by its slot
+    skeleton: Any  # onnx.ModelProto of the dense program without initializers; their uses are named by slot
+    dense_values: Mapping[str, np.ndarray[Any, Any]]  # by slot
     widths: Mapping[str, int]
     slots: tuple[Slot, ...]
     attributes: Mapping[tuple[int, str], tuple[DimForm, ...]]
     outputs: tuple[tuple[DimForm, ...], ...]
     channels: Mapping[str, tuple[DimForm, ...]]  # form of every dimension of every tensor, where all are explained
-
-    @cached_property
-    def dense_values(self) -> dict[str, np.ndarray[Any, Any]]:
-        from onnx import numpy_helper
-
-        return {tensor.name: numpy_helper.to_array(tensor) for tensor in self.dense.graph.initializer}
 
     @cached_property
     def sections(self) -> dict[int, tuple[int, int]]:
@@ -116,16 +113,6 @@ class VariantMaker:
     def blob_bytes(self) -> int:
         return max((offset + size for offset, size in self.sections.values()), default=0)
 
-    @cached_property
-    def skeleton(self) -> Any:
-        """The dense model without initializers: what every variant has in common."""
-        import onnx
-
-        bare = onnx.ModelProto()
-        bare.CopyFrom(self.dense)
-        del bare.graph.initializer[:]
-        return bare
-
     def _tensor(self, slot: Slot, widths: Widths, inline: bool) -> Any:
         from onnx import TensorProto, numpy_helper
 
@@ -158,7 +145,7 @@ def ambiguous_forms(forms: Sequence[DimForm], widths_list: Sequence[Widths]) -> 
     """Pairs of distinct forms that these widths do not tell apart; a form that never varies is paired with its constant."""
     seen: dict[tuple[int, ...], DimForm] = {}
     pairs = []
-    for form in dict.fromkeys(forms):
+    for form in dict.fromkeys(map(_plain, forms)):
         vector = _vector(form, widths_list)
         if len(set(vector)) == 1:
             if form.terms:
@@ -197,7 +184,12 @@ def choose_probe_widths(
 def _folded(form: DimForm, widths: Widths, fixed: set[str]) -> DimForm:
     """The form with groups that cannot change moved into its constant."""
     const = form.const + sum(elements * widths[name] for name, elements in form.terms if name in fixed)
-    return DimForm(const=const, terms=tuple(term for term in form.terms if term[0] not in fixed))
+    return _plain(DimForm(const=const, terms=tuple(term for term in form.terms if term[0] not in fixed)))
+
+
+def _plain(form: DimForm) -> DimForm:
+    """The form without terms that count nothing."""
+    return DimForm(const=form.const, terms=tuple(sorted((name, elements) for name, elements in form.terms if elements)))
 
 
 def _vector(form: DimForm, widths_list: Sequence[Widths]) -> tuple[int, ...]:
@@ -216,12 +208,14 @@ def solve(exports: Sequence[Export], forms: Sequence[DimForm], check: Export | N
     Raises:
         TableError: the exports differ in structure, a dimension fits no form or several, or the check fails.
     """
-    models = [_normalised(model) for _, model in exports]
+    models = [_light(model) for _, model in exports]
     _same_nodes(models)
     match = _matcher([widths for widths, _ in exports], forms)
-    dense, slots = _slots(models, match)
+    channels = _tensor_forms(models, match)
+    skeleton, slots, values = _slots(exports[0][1], models, match, channels)
     maker = VariantMaker(
-        dense=dense,
+        skeleton=skeleton,
+        dense_values=values,
         widths=dict(exports[0][0]),
         slots=slots,
         attributes=_attributes(models, match),
@@ -229,10 +223,10 @@ def solve(exports: Sequence[Export], forms: Sequence[DimForm], check: Export | N
             tuple(match(sizes, f"size of output {outs[0].name}") for sizes in zip(*map(_dims, outs), strict=True))
             for outs in zip(*(model.graph.output for model in models), strict=True)
         ),
-        channels=_tensor_forms(models, match),
+        channels=channels,
     )
     for widths, model in [*exports[1:], *([check] if check else [])]:
-        _verify(maker, widths, _normalised(model))
+        _verify(maker, widths, _light(model))
     return maker
 
 
@@ -241,7 +235,7 @@ Match = Callable[[Sequence[int], str], DimForm]
 
 def _matcher(widths_list: Sequence[Widths], forms: Sequence[DimForm]) -> Match:
     index: dict[tuple[int, ...], set[DimForm]] = {}
-    for form in forms:
+    for form in map(_plain, forms):
         index.setdefault(_vector(form, widths_list), set()).add(form)
 
     def match(values: Sequence[int], where: str) -> DimForm:
@@ -264,26 +258,35 @@ def _matcher(widths_list: Sequence[Widths], forms: Sequence[DimForm]) -> Match:
     return match
 
 
-def _normalised(model: Any) -> Any:
-    """A copy in which Constant nodes are initializers and integer data is inline."""
+def _light(model: Any) -> Any:
+    """A copy without the data of large weights, and with Constant nodes as initializers."""
     import onnx
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    kept = []
-    for node in copy.graph.node:
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph, source = light.graph, model.graph
+    graph.name = source.name
+    graph.input.extend(source.input)
+    graph.output.extend(source.output)
+    for tensor in source.initializer:
+        if _is_large(tensor):
+            graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+    for node in source.node:
         tensor = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
         if tensor is None:
-            kept.append(node)
+            graph.node.add().CopyFrom(node)
         else:
-            initializer = copy.graph.initializer.add()
-            initializer.CopyFrom(tensor)
-            initializer.name = node.output[0]
-    if len(kept) < len(copy.graph.node):
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
-        del copy.graph.node[:]
-        copy.graph.node.extend(nodes)
-    return copy
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    light.functions.extend(model.functions)
+    return light
+
+
+def _is_large(tensor: Any) -> bool:
+    from onnx import TensorProto
+
+    return bool(tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) >= INLINE_ELEMENTS)
 
 
 def _same_nodes(models: Sequence[Any]) -> None:
@@ -299,12 +302,15 @@ def _same_nodes(models: Sequence[Any]) -> None:
             )
 
 
-def _slots(models: Sequence[Any], match: Match) -> tuple[Any, tuple[Slot, ...]]:
-    """Split the dense model's initializers by use: constants that are equal in it may differ in another export."""
+def _slots(
+    dense: Any, models: Sequence[Any], match: Match, channels: Mapping[str, tuple[DimForm, ...]]
+) -> tuple[Any, tuple[Slot, ...], dict[str, np.ndarray[Any, Any]]]:
+    """Skeleton, slots and the dense values. By use, not by name: constants that one export shares may differ in another."""
     import onnx
     from onnx import numpy_helper
 
     tables = [{tensor.name: tensor for tensor in model.graph.initializer} for model in models]
+    full = {tensor.name: tensor for tensor in dense.graph.initializer}
     uses: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for node, nodes in enumerate(zip(*(model.graph.node for model in models), strict=True)):
         for place, names in enumerate(zip(*(n.input for n in nodes), strict=True)):
@@ -313,42 +319,77 @@ def _slots(models: Sequence[Any], match: Match) -> tuple[Any, tuple[Slot, ...]]:
                 uses.setdefault(names, []).append((node, place))
             elif any(held):
                 raise TableError(f"Node {nodes[0].name} takes a constant in one export only.", "Probe with other widths.")
-    dense = onnx.ModelProto()
-    dense.CopyFrom(models[0])
-    del dense.graph.initializer[:]
-    del dense.graph.value_info[:]
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(models[0])
+    del skeleton.graph.initializer[:]
     slots: list[Slot] = []
-    taken: set[str] = set()
+    values: dict[str, np.ndarray[Any, Any]] = {}
     for names, sites in uses.items():
-        name = names[0] if names[0] not in taken else f"{names[0]}.{len(slots)}"
-        taken.add(name)
+        name = names[0] if names[0] not in values else f"{names[0]}.{len(slots)}"
         for node, place in sites:
-            dense.graph.node[node].input[place] = name
+            skeleton.graph.node[node].input[place] = name
         tensors = [table[n] for n, table in zip(names, tables, strict=True)]
-        dense.graph.initializer.add().CopyFrom(tensors[0])
-        dense.graph.initializer[-1].name = name
-        slots.append(_slot(name, tuple(sites), [numpy_helper.to_array(t) for t in tensors], match))
-    return dense, tuple(slots)
+        values[name] = numpy_helper.to_array(full.get(names[0], tensors[0]))
+        node, place = sites[0]
+        if models[0].graph.node[node].op_type == "Pad" and place == 1:
+            slots.append(_padding(name, tuple(sites), models[0].graph.node[node], tensors, tables[0], channels))
+        else:
+            slots.append(_slot(name, tuple(sites), values[name], tensors, match))
+    return skeleton, tuple(slots), values
 
 
-def _slot(name: str, sites: tuple[tuple[int, int], ...], arrays: Sequence[np.ndarray[Any, Any]], match: Match) -> Slot:
-    if len({array.ndim for array in arrays}) > 1:
+def _slot(
+    name: str, sites: tuple[tuple[int, int], ...], dense: np.ndarray[Any, Any], tensors: Sequence[Any], match: Match
+) -> Slot:
+    from onnx import numpy_helper
+
+    if len({len(tensor.dims) for tensor in tensors}) > 1:
         raise TableError(f"The constant {name} changes its rank with the widths.", "Keep the groups around it with --keep.")
-    dims = tuple(
-        match(sizes, f"dimension {axis} of {name}") for axis, sizes in enumerate(zip(*(a.shape for a in arrays), strict=True))
-    )
+    columns = zip(*(tensor.dims for tensor in tensors), strict=True)
+    dims = tuple(match(sizes, f"dimension {axis} of {name}") for axis, sizes in enumerate(columns))
     values, section = None, None
-    if np.issubdtype(arrays[0].dtype, np.integer):
+    if np.issubdtype(dense.dtype, np.integer):
         if any(form.terms for form in dims):
             message = f"The integer constant {name} changes its size with the widths."
             raise TableError(message, "Keep the groups around it with --keep.")
-        if arrays[0].size <= MAX_CONSTANT:
-            columns = list(zip(*(a.ravel().tolist() for a in arrays), strict=True))
-            values = tuple(match(column, f"entry {entry} of the constant {name}") for entry, column in enumerate(columns))
-    elif arrays[0].dtype == np.float32 and arrays[0].size >= INLINE_ELEMENTS:
-        spread = float(np.std(arrays[0], dtype=np.float64))
+        if dense.size <= MAX_CONSTANT:
+            entries = list(zip(*(numpy_helper.to_array(tensor).ravel().tolist() for tensor in tensors), strict=True))
+            values = tuple(match(entry, f"entry {index} of the constant {name}") for index, entry in enumerate(entries))
+    elif dense.dtype == np.float32 and dense.size >= INLINE_ELEMENTS:
+        spread = float(np.std(dense, dtype=np.float64))
         section = round(math.log2(spread)) if math.isfinite(spread) and spread > 0 else None
     return Slot(name, sites, dims, values, section)
+
+
+def _padding(
+    name: str,
+    sites: tuple[tuple[int, int], ...],
+    node: Any,
+    tensors: Sequence[Any],
+    constants: Mapping[str, Any],
+    channels: Mapping[str, tuple[DimForm, ...]],
+) -> Slot:
+    """The slot of a Pad's amounts: those that change are what their axis gains, all of it before."""
+    from onnx import numpy_helper
+
+    arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
+    half = len(arrays[0]) // 2
+    axes = numpy_helper.to_array(constants[node.input[3]]).tolist() if len(node.input) > 3 else range(half)
+    values = [DimForm(const=int(entry)) for entry in arrays[0]]
+    for place, axis in enumerate(axes):
+        if any(array[side] != arrays[0][side] for array in arrays for side in (place, place + half)):
+            before, after = channels.get(node.input[0]), channels.get(node.output[0])
+            if before is None or after is None:
+                raise TableError(f"The padding {node.name} changes with the widths.", "Keep the groups around it with --keep.")
+            values[place], values[place + half] = _difference(after[axis], before[axis]), DimForm(const=0)
+    return Slot(name, sites, (DimForm(const=2 * half),), tuple(values), None)
+
+
+def _difference(left: DimForm, right: DimForm) -> DimForm:
+    terms = dict(left.terms)
+    for name, elements in right.terms:
+        terms[name] = terms.get(name, 0) - elements
+    return _plain(DimForm(const=left.const - right.const, terms=tuple(terms.items())))
 
 
 def _attributes(models: Sequence[Any], match: Match) -> dict[tuple[int, str], tuple[DimForm, ...]]:
@@ -381,10 +422,7 @@ def _shapes(model: Any) -> dict[str, list[int]]:
     """Dimensions of every tensor, inferred; 0 where a dimension is symbolic."""
     import onnx
 
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     return {value.name: _dims(value) for value in [*inferred.input, *inferred.value_info, *inferred.output]}
 
 
@@ -408,7 +446,7 @@ def _tensor_forms(models: Sequence[Any], match: Match) -> dict[str, tuple[DimFor
 
 def _verify(maker: VariantMaker, widths: Widths, real: Any) -> None:
     """Compare a real export with the variant of its widths: every constant's dimensions, every attribute, every tensor."""
-    variant = maker.make(widths, inline=True)
+    variant = maker.make(widths)
     _same_nodes([variant, real])
     ours, theirs = _locations(variant), _locations(real)
     for where, value in ours.items():
@@ -432,7 +470,9 @@ def _locations(model: Any) -> dict[str, Any]:
             if tensor := constants.get(name):
                 found[f"{label}, input {place}"] = list(tensor.dims)
                 if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
-                    found[f"{label}, values of input {place}"] = numpy_helper.to_array(tensor).tolist()
+                    values = numpy_helper.to_array(tensor)
+                    padding = node.op_type == "Pad" and place == 1
+                    found[f"{label}, values of input {place}"] = (values.reshape(2, -1).sum(0) if padding else values).tolist()
         for attribute in node.attribute:
             if attribute.type in (onnx.AttributeProto.INT, onnx.AttributeProto.INTS):
                 found[f"{label}, {attribute.name}"] = _integers(attribute)

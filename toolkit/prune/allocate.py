@@ -5,10 +5,11 @@ With z_ga = 1 where group g takes its width a, the program is
     minimise    sum_g sum_a loss_g(a) z_ga
     subject to  sum_a z_ga = 1 for each g,    overhead + sum_s cost_s(c_in, c_out) <= budget
 
-Costs are joint in the widths on both sides of a place. Those of one group are linear in z. Those of several groups take one
-variable per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. Where a sum of many groups
-(a concatenation, a stream that grows) makes too many combinations, the cost is taken as affine in that sum c for each value
-k of the other side: alpha_k [k] + beta_k y_k with y_k = c [k], sum_k y_k = c.
+Costs are joint in the widths on both sides of a place. Those of one group are linear in z. Those of two take one variable
+per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. A side that is a sum of groups (a
+stream that grows, a concatenation) first gets a selector per total, which then takes the part of z. Only where the totals
+are too many for that, the cost is taken as affine in the sum c for each value k of the other side: alpha_k [k] + beta_k y_k
+with y_k = c [k], sum_k y_k = c.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from numpy.typing import NDArray
 from toolkit.errors import BudgetError
 from toolkit.schema import ChannelGroup, DimForm
 
-MAX_COMBINATIONS = 2000
-MAX_TOTALS = 64  # values of a sum of groups that get a variable each
+MAX_COMBINATIONS = 2000  # of the widths of groups in one sum, and of the totals on both sides of one place
+MAX_TOTALS = 64  # values of a sum of groups that get a selector each
 TIE_BREAK = 1e-5  # worth of the whole budget, as a share of the largest loss
-CORRECTIONS = 4
+CORRECTIONS = 8  # of the budget, where affine costs were too hopeful
 TOLERANCE = 1e-6  # of the solver, on the budget
 
 Widths = Mapping[str, int]
@@ -90,7 +91,7 @@ def allocate(
         predicted = latency_ns(sites, overhead_ns, widths)
         if predicted <= budget_ns * (1 + 2 * TOLERANCE):
             return Allocation(widths, predicted, _loss(losses, widths), gap)
-        allowed -= predicted - budget_ns + TOLERANCE * budget_ns  # the affine part was too hopeful here
+        allowed -= predicted - budget_ns + TOLERANCE * budget_ns
     fastest = floor(groups, candidates, losses, sites, overhead_ns, time_limit_s=time_limit_s)
     if fastest.predicted_ns <= budget_ns:
         return Allocation(fastest.widths, fastest.predicted_ns, fastest.loss, 1.0)
@@ -146,6 +147,7 @@ class _Program:
     upper: list[float] = field(default_factory=list)
     rows: list[tuple[Expression, float, float]] = field(default_factory=list)  # (terms, least, most)
     one_hot: dict[str, list[Column]] = field(default_factory=dict)
+    totals: dict[DimForm, dict[int, Column]] = field(default_factory=dict)  # of each sum: total -> selector
 
     def __post_init__(self) -> None:
         for name, widths in self.choices.items():
@@ -153,12 +155,19 @@ class _Program:
             self.rows.append((dict.fromkeys(self.one_hot[name], 1.0), 1.0, 1.0))
         self.constant = self.overhead_ns
         joint: dict[tuple[str, ...], list[SiteCost]] = {}
+        paired: dict[tuple[DimForm, DimForm], list[SiteCost]] = {}
         for site in self.sites:
-            involved = tuple(sorted({name for name, _ in (*site.c_in.terms, *site.c_out.terms) if len(self.choices[name]) > 1}))
-            joint.setdefault(involved, []).append(site)
+            involved = tuple(sorted({*self._varying(site.c_in), *self._varying(site.c_out)}))
+            if len(involved) <= 2:
+                joint.setdefault(involved, []).append(site)
+            else:
+                paired.setdefault((site.c_in, site.c_out), []).append(site)
         for involved, sites in sorted(joint.items()):
-            if math.prod(len(self.choices[name]) for name in involved) <= MAX_COMBINATIONS or len(involved) <= 2:
-                self._add_joint(involved, sites)
+            self._add_joint(involved, sites)
+        for (c_in, c_out), sites in paired.items():
+            sizes = [len(self._values(form)) for form in (c_in, c_out)]
+            if max(sizes) <= MAX_TOTALS and math.prod(sizes) <= MAX_COMBINATIONS:
+                self._add_paired(c_in, c_out, sites)
             else:
                 for site in sites:
                     self._add_affine(site)
@@ -227,15 +236,25 @@ class _Program:
         for (name, index), terms in marginals.items():
             self.rows.append(({**terms, self.one_hot[name][index]: -1.0}, 0.0, 0.0))
 
+    def _add_paired(self, c_in: DimForm, c_out: DimForm, sites: Sequence[SiteCost]) -> None:
+        """Exact costs: a variable for every pair of totals, tied to the totals' selectors by its marginals."""
+        first, second = self._selectors(c_in), self._selectors(c_out)
+        marginals: dict[Column, Expression] = {}
+        for (a, left), (b, right) in itertools.product(first.items(), second.items()):
+            column = self._column(sum(site.cost(a, b) for site in sites))
+            marginals.setdefault(left, {})[column] = 1.0
+            marginals.setdefault(right, {})[column] = 1.0
+        for selector, terms in marginals.items():
+            self.rows.append(({**terms, selector: -1.0}, 0.0, 0.0))
+
     def _add_affine(self, site: SiteCost) -> None:
-        """Costs affine in the side that is a sum of more groups, for each value of the other side."""
-        swapped = len(site.c_in.terms) < len(site.c_out.terms)
+        """Costs affine in the side that takes more values, for each value of the other side."""
+        swapped = len(self._values(site.c_in)) < len(self._values(site.c_out))
         inner, outer = (site.c_in, site.c_out) if swapped else (site.c_out, site.c_in)
-        totals = self._totals(inner)
         low, high = self._range(outer)
+        samples = np.unique(np.linspace(low, high, 9).round().astype(int))
         split: Expression = {}
-        for k, selector in totals.items():
-            samples = np.unique(np.linspace(low, high, 9).round().astype(int))
+        for k, selector in self._selectors(inner).items():
             costs = np.array([site.cost(k, int(c)) if swapped else site.cost(int(c), k) for c in samples])
             beta, alpha = np.polyfit(samples, costs, 1) if len(samples) > 1 else (0.0, costs[0])
             self.costs[selector] += float(alpha)
@@ -246,27 +265,59 @@ class _Program:
         terms, const = self._expression(outer)
         self.rows.append(({**split, **{column: -value for column, value in terms.items()}}, const, const))
 
-    def _totals(self, form: DimForm) -> dict[int, Column]:
-        """A selector column for each value the form takes; the group's own one-hots where it is a single group."""
-        varying = [(name, elements) for name, elements in form.terms if len(self.choices[name]) > 1]
-        const = self._range(form)[0] - sum(elements * self.choices[name][0] for name, elements in varying)
-        if len(varying) == 1:
-            name, elements = varying[0]
-            return {const + elements * w: column for w, column in zip(self.choices[name], self.one_hot[name], strict=True)}
-        values = {const}
-        for name, elements in varying:
-            values = {value + elements * width for value in values for width in self.choices[name]}
-        ordered = sorted(values)
-        if len(ordered) > MAX_TOTALS:  # thin out: a selector then stands for the totals up to the next one
-            ordered = [ordered[round(i * (len(ordered) - 1) / (MAX_TOTALS - 1))] for i in range(MAX_TOTALS)]
-        columns = {value: self._column(0.0, integral=True) for value in ordered}
-        terms, offset = self._expression(form)
+    def _selectors(self, form: DimForm) -> dict[int, Column]:
+        """A column for each value of the form, 1 where it has that value; the group's own one-hots where it is one group."""
+        if form not in self.totals:
+            self.totals[form] = self._single(form) if len(self._varying(form)) <= 1 else self._sum(form)
+        return self.totals[form]
+
+    def _single(self, form: DimForm) -> dict[int, Column]:
+        varying = self._varying(form)
+        if not varying:
+            always = self._column(0.0)
+            self.rows.append(({always: 1.0}, 1.0, 1.0))
+            return {form.at(self._widths((), ())): always}
+        name = varying[0]
+        values = [form.at(self._widths(varying, (width,))) for width in self.choices[name]]
+        return dict(zip(values, self.one_hot[name], strict=True))
+
+    def _sum(self, form: DimForm) -> dict[int, Column]:
+        """Selectors of a sum of groups, through every combination of widths where those are few: a tighter relaxation."""
+        values = self._values(form)
+        thin = (
+            values
+            if len(values) <= MAX_TOTALS
+            else sorted({values[round(i)] for i in np.linspace(0, len(values) - 1, MAX_TOTALS)})
+        )
+        columns = {value: self._column(0.0, integral=True) for value in thin}
         self.rows.append((dict.fromkeys(columns.values(), 1.0), 1.0, 1.0))
-        chosen = {column: float(value) for value, column in columns.items()}
-        step = max((b - a for a, b in itertools.pairwise(ordered)), default=0) if len(values) > MAX_TOTALS else 0
-        # selected total >= real total: a place never looks cheaper than it is
-        self.rows.append(({**chosen, **{column: -value for column, value in terms.items()}}, offset, offset + step))
+        varying = self._varying(form)
+        if len(thin) == len(values) and math.prod(len(self.choices[name]) for name in varying) <= MAX_COMBINATIONS:
+            marginals: dict[Column, Expression] = {}
+            for combination in itertools.product(*(range(len(self.choices[name])) for name in varying)):
+                widths = [self.choices[name][index] for name, index in zip(varying, combination, strict=True)]
+                column = self._column(0.0)
+                owners = [self.one_hot[name][index] for name, index in zip(varying, combination, strict=True)]
+                for owner in (*owners, columns[form.at(self._widths(varying, widths))]):
+                    marginals.setdefault(owner, {})[column] = 1.0
+            self.rows.extend(({**terms, owner: -1.0}, 0.0, 0.0) for owner, terms in marginals.items())
+        else:
+            terms, const = self._expression(form)
+            slack = max(b - a for a, b in itertools.pairwise(thin)) if len(thin) < len(values) else 0
+            # thinned out, a selector stands for the totals down to the one before: no place looks cheaper than it is
+            chosen = {column: float(value) for value, column in columns.items()}
+            self.rows.append(({**chosen, **{column: -value for column, value in terms.items()}}, const, const + slack))
         return columns
+
+    def _varying(self, form: DimForm) -> list[str]:
+        return sorted(name for name, elements in form.terms if elements and len(self.choices[name]) > 1)
+
+    def _values(self, form: DimForm) -> list[int]:
+        """Every value the form can take."""
+        values = {form.const}
+        for name, elements in form.terms:
+            values = {value + elements * width for value in values for width in self.choices[name]}
+        return sorted(values)
 
     def _expression(self, form: DimForm) -> tuple[Expression, float]:
         """The form as a linear expression in the one-hots: (terms, constant)."""
@@ -277,5 +328,5 @@ class _Program:
         return terms, float(form.const)
 
     def _range(self, form: DimForm) -> tuple[int, int]:
-        low, high = (form.at({name: ends(widths) for name, widths in self.choices.items()}) for ends in (min, max))
-        return low, high
+        values = self._values(form)
+        return values[0], values[-1]

@@ -1,0 +1,348 @@
+"""Scoring, elimination, repair: equal to brute force on small networks, and what must hold on any."""
+
+from __future__ import annotations
+
+import numpy as np
+import patterns
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.graph import Program, apply, example_input, trace
+from toolkit.prune import effects as causes
+from toolkit.prune.consumers import consumer, rows
+from toolkit.prune.engine import Engine, cache, chunked, distortion, joined
+from toolkit.prune.order import RIDGE, Linear, damped, eliminate
+from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, score
+from toolkit.prune.repair import outputs, repair, solve
+from toolkit.prune.responses import group_responses, masked
+
+SHAPE = (1, 3, 8, 8)
+
+
+def quiet(step: str, done: float, total: float) -> None:
+    pass
+
+
+def traced(pattern, seed: int = 0) -> Program:
+    torch.manual_seed(seed)
+    return trace(pattern(), example_input(SHAPE))
+
+
+def images(count: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *SHAPE[1:], generator=torch.Generator().manual_seed(seed))
+
+
+# --- engine ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_the_engine_computes_what_the_program_computes_from_every_cut(pattern) -> None:
+    program = traced(pattern)
+    engine, x = Engine.of(program), images(4)
+    with torch.no_grad():
+        expected = program.module(x)
+        assert torch.equal(engine.run(x)[0][0], expected)
+        names = {engine.steps[i].name: i for i in engine.layout.cuts}
+        kept = engine.run(x, keep=names)[1]
+        assert len(kept) > 2
+        for name, value in kept.items():
+            assert torch.equal(engine.run(value, names[name])[0][0], expected)
+
+
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_removing_a_channel_at_its_consumers_is_cutting_it_out(pattern) -> None:
+    program = traced(pattern)
+    engine, x = Engine.of(program), images(6)
+    cached = cache(engine, x)
+    for group in program.prunable:
+        if group.width < 2:
+            continue
+        kept = list(range(1, group.width))
+        with torch.no_grad():
+            sliced = apply(program, {group.name: kept}).module(x)
+            first = causes.first_consumer(program, engine, group.name)
+            overridden = cached.outputs_with(causes.removal(program, engine, group.name, 0), first)
+        assert torch.allclose(sliced, overridden, atol=1e-5)
+        assert torch.equal(
+            overridden, cached.outputs_with(masked(program, engine.params, group.name, [0]), first)
+        )
+
+
+def test_pieces_of_a_batch_give_the_outputs_of_the_whole() -> None:
+    program = traced(patterns.Residual)
+    x = images(130)
+    assert len(chunked(program, x)) > 1
+    assert torch.allclose(outputs(Engine.of(program), x), program.module(x), atol=1e-6)
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------------
+
+
+def test_first_order_effects_are_exact_where_the_log_odds_are_linear_in_the_channel() -> None:
+    class Linear2(torch.nn.Module):
+        """Two classes: the log-odds are the difference of two linear outputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = torch.nn.Linear(5, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.a(x).relu())
+
+    torch.manual_seed(0)
+    program = trace(Linear2(), example_input((1, 5)))
+    engine, x = Engine.of(program), torch.randn(40, 5)
+    sensitivity = causes.sensitivities(program, engine, x)
+    cached = cache(engine, x)
+    for channel in range(6):
+        after = cached.outputs_with(causes.removal(program, engine, "a", channel), "linear_1")
+        _, odds = causes.paired(cached.outputs, after)
+        assert np.allclose(sensitivity.effects["a"][:, channel], odds, atol=1e-5)
+
+
+def test_measured_effects_are_those_of_brute_force() -> None:
+    program = traced(patterns.Residual)
+    engine, x = Engine.of(program), images(30)
+    cached = cache(engine, x)
+    found = causes.measure_effects(cached, causes.sensitivities(program, engine, x), quiet, passes=1e9)
+    assert len(found) == sum(g.width for g in program.prunable)
+    assert {e.source for e in found} == {"intervention"}
+    before = program.module(x)
+    for effect in found[::5]:
+        kept = [n for n in range(program.group(effect.group).width) if n != effect.channel]
+        relative, odds = causes.paired(before, apply(program, {effect.group: kept}).module(x).detach())
+        assert effect.effect == pytest.approx(relative.mean(), abs=1e-4)
+        assert effect.effect_logodds == pytest.approx(odds.mean(), abs=1e-4)
+        assert effect.ci_low <= effect.effect_logodds <= effect.ci_high
+
+
+def test_without_a_budget_of_passes_everything_is_screened_by_gradient() -> None:
+    program = traced(patterns.Chain)
+    engine, x = Engine.of(program), images(10)
+    found = causes.measure_effects(cache(engine, x), causes.sensitivities(program, engine, x), quiet, passes=0.0)
+    assert {e.source for e in found} == {"gradient"}
+
+
+def test_categories_follow_the_sign_and_only_small_intervals_are_neutral() -> None:
+    rng = np.random.default_rng(0)
+
+    def category(mean: float, spread: float) -> str:
+        return causes.categorise([causes.paired_test(rng.normal(mean, spread, 200))])[0][0]
+
+    assert category(-0.5, 0.5) == "critical"
+    assert category(0.5, 0.5) == "detrimental"
+    assert category(0.0, 0.01) == "neutral"
+    assert category(0.0, 5.0) == "undecided"
+
+
+def test_false_discoveries_among_null_channels_stay_under_the_rate() -> None:
+    rng = np.random.default_rng(1)
+    wrong = []
+    for _ in range(60):
+        tests = [causes.paired_test(rng.normal(-1.0 if i < 20 else 0.0, 1.0, 50)) for i in range(100)]
+        found = [c in ("critical", "detrimental") for c in causes.categorise(tests, neutral=0.0)[0]]
+        wrong.append(sum(found[20:]) / max(1, sum(found)))
+        assert all(found[:20])
+    assert np.mean(wrong) <= 0.05 + 0.02
+
+
+def test_constant_differences_are_judged_without_a_division_by_zero() -> None:
+    tests = [causes.paired_test(np.zeros(5)), causes.paired_test(np.full(5, -1.0))]
+    assert causes.categorise(tests)[0] == ["neutral", "critical"]
+
+
+# --- elimination --------------------------------------------------------------------------------------------------------------
+
+
+def linear(seed: int, channels: int = 6, k: int = 2, out: int = 4) -> tuple[torch.Tensor, Linear]:
+    rng = np.random.default_rng(seed)
+    d = channels * k
+    x = torch.from_numpy(rng.normal(size=(200, d)) @ rng.normal(size=(d, d)))
+    weight = torch.from_numpy(rng.normal(size=(out, d)))
+    columns = rng.permutation(d).reshape(channels, k)
+    return x, Linear(weight, x.T @ x / len(x), columns, torch.ones(out, dtype=torch.float64))
+
+
+def ridge_cost(item: Linear, gone: list[int]) -> tuple[float, torch.Tensor]:
+    """Brute force: the least of tr(dw (G + l I) dw^T) with the removed columns' change fixed at -w."""
+    h = damped(item.gram)
+    out = torch.as_tensor(item.columns[gone].reshape(-1))
+    stay = torch.tensor([i for i in range(len(h)) if i not in set(out.tolist())])
+    change = torch.zeros_like(item.weight)
+    change[:, out] = -item.weight[:, out]
+    change[:, stay] = -torch.linalg.solve(h[stay][:, stay], h[stay][:, out] @ change[:, out].T).T
+    return float((change @ h * change).sum()), item.weight + change
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_elimination_starts_with_the_cheapest_channel_and_solves_least_squares(seed) -> None:
+    _, item = linear(seed)
+    done = eliminate([item], [5, 3])
+    costs = [ridge_cost(item, [n])[0] for n in range(6)]
+    assert costs[done.order[0]] == pytest.approx(min(costs), rel=1e-6)
+    for width in (5, 3):
+        _, expected = ridge_cost(item, list(done.order[: 6 - width]))
+        assert torch.allclose(done.weights[width][0], expected, atol=1e-6)
+
+
+def test_elimination_in_a_given_order_keeps_that_order() -> None:
+    _, item = linear(3)
+    order = [4, 1, 0, 5, 2, 3]
+    done = eliminate([item], [2], order)
+    assert list(done.order) == order[:4]
+    assert torch.allclose(done.weights[2][0], ridge_cost(item, order[:4])[1], atol=1e-6)
+
+
+def test_two_consumers_are_weighed_together() -> None:
+    (_, a), (_, b) = linear(1), linear(2)
+    done = eliminate([a, b], [5])
+    costs = [ridge_cost(a, [n])[0] + ridge_cost(b, [n])[0] for n in range(6)]
+    assert costs[done.order[0]] == pytest.approx(min(costs), rel=1e-6)
+
+
+def test_a_duplicated_channel_goes_first_and_costs_nothing() -> None:
+    x, item = linear(5, channels=5, k=1)
+    x[:, item.columns[3, 0]] = x[:, item.columns[1, 0]]
+    item = Linear(item.weight, x.T @ x / len(x), item.columns, item.importance)
+    done = eliminate([item], [4])
+    assert done.order[0] in (1, 3)
+    change = done.weights[4][0] - item.weight
+    assert float((x @ change.T).square().mean()) < 1e-3 * float((x @ item.weight.T).square().mean())
+    assert RIDGE < 0.1
+
+
+# --- repair -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 8), (8, 50)])
+def test_the_ridge_solution_is_stationary_in_primal_and_dual(n, d) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(n, d, generator=generator), torch.randn(n, 3, generator=generator)
+    change = solve(x, residual, 1e-2)
+    level = float(x.square().sum() / d) * 1e-2
+    gradient = (x.double() @ change.T - residual).T @ x.double() + level * change
+    assert gradient.abs().max() < 1e-3
+
+
+def test_rows_times_weight_are_the_operators_output() -> None:
+    program = traced(patterns.OptionA)
+    engine, x = Engine.of(program), images(3)
+    for node in engine.steps:
+        c = consumer(program, node) if node.op == "call_function" else None
+        if c is None:
+            continue
+        kept = engine.run(x, keep={c.source, c.node})[1]
+        sample, at = rows(c, node, kept[c.source], 10**6, torch.Generator().manual_seed(0))
+        expected = kept[c.node].flatten(2).transpose(1, 2) if kept[c.node].ndim == 4 else kept[c.node][:, None]
+        found = sample @ engine.params[c.weight].flatten(1).T + engine.params[c.bias]
+        assert torch.allclose(found.reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_repair_restores_a_network_whose_removed_channels_were_copies() -> None:
+    program = traced(patterns.Residual)
+    with torch.no_grad():
+        for name in ("a1", "n1"):
+            for key, value in program.module.state_dict().items():
+                if key.startswith(f"{name}."):
+                    value[3:] = value[:3]
+    plan = {"a1": (0, 1, 2)}
+    sliced = apply(program, plan)
+    x = images(160)
+    done = repair(Engine.of(program), sliced, plan, x, quiet)
+    assert done.kept and done.before > 1e-3
+    reference = outputs(Engine.of(program), x)
+    assert distortion(outputs(Engine.of(done.program), x), reference) < 1e-2 * done.before
+
+
+def test_repair_never_makes_held_back_images_worse_and_changes_no_shape() -> None:
+    for pattern in (patterns.Chain, patterns.Separable, patterns.Flatten):
+        program = traced(pattern)
+        plan = {g.name: tuple(range(max(1, g.width // 2))) for g in program.prunable}
+        sliced = apply(program, plan)
+        before = {k: v.clone() for k, v in sliced.module.state_dict().items()}
+        done = repair(Engine.of(program), sliced, plan, images(64), quiet)
+        assert (done.after < done.before) == done.kept
+        assert {k: v.shape for k, v in done.program.module.state_dict().items()} == {k: v.shape for k, v in before.items()}
+        assert all(torch.equal(before[k], v) for k, v in sliced.module.state_dict().items())
+
+
+def test_a_repair_that_does_not_help_is_not_kept() -> None:
+    program = traced(patterns.Chain)
+    x = images(32)
+    done = repair(Engine.of(program), program, {}, x, quiet)
+    assert not done.kept and done.program is program
+
+
+# --- responses and rounds -----------------------------------------------------------------------------------------------------
+
+
+def test_a_response_at_full_width_is_zero_and_repair_lowers_the_others() -> None:
+    program = traced(patterns.Residual)
+    cached = cache(Engine.of(program), images(64))
+    sensitivity = causes.sensitivities(program, cached.engine, cached.images)
+    arguments = (cached, cached.outputs, "a1", [0, 2, 4, 6], {"least squares": None}, sensitivity)
+    raw = group_responses(*arguments, repair=False, round_=0)
+    repaired = group_responses(*arguments, repair=True, round_=0)
+    assert [r.width for r in repaired.responses] == [0, 2, 4, 6]
+    assert repaired.responses[-1].distortion == 0.0
+    assert repaired.order == raw.order and sorted(raw.order) == list(range(6))
+    for with_repair, without in zip(repaired.responses[1:3], raw.responses[1:3], strict=True):
+        assert with_repair.distortion < without.distortion
+
+
+def test_a_dropped_branch_has_the_response_of_its_cut() -> None:
+    program = traced(patterns.Residual)
+    x = images(32)
+    cached = cache(Engine.of(program), x)
+    sensitivity = causes.sensitivities(program, cached.engine, x)
+    found = group_responses(cached, cached.outputs, "a1", [0, 6], {"causal": list(range(6))}, sensitivity, repair=False, round_=0)
+    with torch.no_grad():
+        gone = apply(program, {"a1": []}).module(x)
+    assert found.responses[0].distortion == pytest.approx(distortion(gone, cached.outputs), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["causal", "taylor", "l1", "l2", "random"])
+def test_two_rounds_compose_to_original_channels_and_are_repeatable(method) -> None:
+    program = traced(patterns.Separable)
+    x = images(48).numpy()
+    candidates = {g.name: candidate_widths(g.width, 1, 1) for g in program.prunable}
+
+    def twice() -> State:
+        state = State(program)
+        for widths in ({"stem": 3, "expand": 8}, {"stem": 2, "expand": 4}):
+            scores = score(
+                program, state, x, candidates, method, repair=method == "causal", round_=0, seed=0, effect_passes=0.0, progress=quiet
+            )
+            state = cut(program, state, scores, widths, x, repair_=method == "causal", seed=0, progress=quiet).state
+        return state
+
+    first, second = twice(), twice()
+    assert first.alive == second.alive
+    assert {n: len(k) for n, k in first.alive.items()} == {"stem": 2, "expand": 4}
+    assert all(set(k) <= set(range(program.group(n).width)) and list(k) == sorted(k) for n, k in first.alive.items())
+    if method != "causal":
+        once = apply(program, {n: list(k) for n, k in first.alive.items()})
+        assert torch.equal(once.module(images(2)), first.program.module(images(2)))
+
+
+@given(st.integers(1, 3000), st.integers(0, 1), st.integers(1, 64))
+def test_candidate_widths_ascend_and_respect_their_limits(width, floor, least) -> None:
+    found = candidate_widths(width, floor, least)
+    assert list(found) == sorted(set(found)) and found[-1] == width
+    assert all(w >= least for w in found[:-1] if w) and (0 in found) == (floor == 0 and least <= 1)
+    assert len(found) <= 10
+
+
+def test_groups_that_share_a_dimension_are_held_with_a_reason() -> None:
+    held = held_groups(traced(patterns.OptionA))
+    assert set(held) == {"stem", "b"} and "share a dimension" in held["b"]
+
+
+def test_distortion_is_relative_to_the_spread_of_the_reference() -> None:
+    reference = torch.tensor([[0.0], [2.0]])
+    assert distortion(reference, reference) == 0.0
+    assert distortion(reference + 1.0, reference) == pytest.approx(1.0)
+    assert joined([torch.ones(2, 3), torch.zeros(2, 1, 2)]).shape == (2, 5)
