@@ -27,7 +27,12 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.a1, self.n1, self.a2, self.n2 = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a1, self.n1, self.a2, self.n2 = (
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+        )
         self.b1, self.b2 = nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)
         self.head = nn.Linear(8, 4)
 

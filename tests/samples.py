@@ -115,15 +115,25 @@ def report(seed: int = 0, **changes: Any) -> Report:
     for stage, block, width in widths:
         kept = rng.choice([0, width // 4, width // 4, width // 2, width // 2, 5 * width // 8, 3 * width // 4, width])
         groups.append(group(f"layer{stage}.{block}.conv1", width, 0 if (stage, block) == (1, 4) else kept, rng))
-    kernels = [KernelTime(name="conv1", key="Conv+Relu 3x3 s1 32x32", dense_ns=402_000.0, pruned_ns=398_000.0, note="width fixed by the residual sum")]
-    for record, (stage, block, width) in zip(groups, widths, strict=True):
+    kernels = [
+        KernelTime(
+            name="conv1",
+            key="Conv+Relu 3x3 s1 32x32",
+            dense_ns=402_000.0,
+            pruned_ns=398_000.0,
+            note="width fixed by the residual sum",
+        )
+    ]
+    for record, (stage, block, _) in zip(groups, widths, strict=True):
         ratio = record.width_after / record.width_before
         for conv in (1, 2):
             dense = rng.uniform(0.9, 1.1) * 285_000.0
             note = "branch dropped" if not ratio else "width padded to 16 by the runtime" if record.width_after % 16 else ""
             key = f"Conv+{'Relu' if conv == 1 else 'Add+Relu'} 3x3 s1 {64 >> stage}x{64 >> stage}"
             kernels.append(
-                KernelTime(name=f"layer{stage}.{block}.conv{conv}", key=key, dense_ns=dense, pruned_ns=dense * ratio * 0.93, note=note)
+                KernelTime(
+                    name=f"layer{stage}.{block}.conv{conv}", key=key, dense_ns=dense, pruned_ns=dense * ratio * 0.93, note=note
+                )
             )
     record = Report(
         verdict="met",

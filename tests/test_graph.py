@@ -94,7 +94,7 @@ def test_a_dimension_form_counts_what_a_plan_leaves() -> None:
     program = traced(patterns.OptionA)
     plan = random_plan(program, 5, drop=0.0)
     sliced = apply(program, plan)
-    widths = {name: len(kept) for name, kept in plan.items()}
+    widths = {g.name: len(plan.get(g.name, range(g.width))) for g in program.groups}
     for node, dims in program.dims.items():
         for axis, entries in enumerate(dims):
             if entries is not None and node in sliced.shapes:
@@ -235,13 +235,25 @@ class Composed(nn.Module):
             elif kind == 3:
                 layers.append(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
             else:
-                layers.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1)))
+                layers.append(
+                    nn.Sequential(
+                        nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1)
+                    )
+                )
         self.layers, self.head = nn.ModuleList(layers), nn.Linear(channels, 3)
 
     def forward(self, x):
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             y = layer(x)
-            x = y if kind in (0, 3) else torch.relu(x + y) if kind == 1 else torch.cat([x, y], 1) if kind == 2 else x * y.sigmoid()
+            x = (
+                y
+                if kind in (0, 3)
+                else torch.relu(x + y)
+                if kind == 1
+                else torch.cat([x, y], 1)
+                if kind == 2
+                else x * y.sigmoid()
+            )
         return self.head(x.mean((2, 3)))
 
 

@@ -67,7 +67,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     classes: str = ""
     preprocess: Preprocess | None = None
     statistic: Statistic = "median"
-    method: Literal["causal", "cswap", "taylor", "l1", "l2", "random"] = "causal"
+    method: Literal["causal", "taylor", "l1", "l2", "random"] = "causal"
     repair: bool = True
     samples: int = 512
     seed: int = 0
@@ -76,7 +76,6 @@ class RunRequest(Record, frozen=True, kw_only=True):
     keep: tuple[str, ...] = ()
     min_width: int = 1
     rounds: int = 0  # 0: chosen by the budget
-    dry_run: bool = False
 
 
 # --- model -> graph -------------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ class Artefact(Record, frozen=True, kw_only=True):
     role: Literal["dense", "pruned"]
     format: Format
     sha256: str
-    size_bytes: int
+    size_bytes: int  # with its companions
     companions: tuple[tuple[str, str], ...] = ()  # (relative path, sha256)
     opset: int = 0
     precision: Precision

@@ -85,7 +85,11 @@ def describe(
     try:
         parity = tuple(compare(program, session, kind, x, path.name, TOLERANCE[precision]) for kind, x in samples.items())
         executed, source = session.executed_precision()
-        companions = [p for p in (path.with_suffix(".bin"), Path(f"{path}.data")) if p.exists() and (p.suffix != ".bin" or format == "openvino")]
+        companions = [
+            p
+            for p in (path.with_suffix(".bin"), Path(f"{path}.data"))
+            if p.exists() and (p.suffix != ".bin" or format == "openvino")
+        ]
         return Artefact(
             path=path.name,
             role=role,
@@ -105,7 +109,9 @@ def describe(
         session.close()
 
 
-def compare(program: Program, session: backends.Session, kind: str, x: np.ndarray[Any, Any], step: str, tolerance: float) -> Parity:
+def compare(
+    program: Program, session: backends.Session, kind: str, x: np.ndarray[Any, Any], step: str, tolerance: float
+) -> Parity:
     """Largest difference over the largest output, over all outputs.
 
     Raises:
@@ -117,7 +123,8 @@ def compare(program: Program, session: backends.Session, kind: str, x: np.ndarra
     worst = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)) for a, b in zip(expected, found, strict=True))
     if not worst <= tolerance:
         raise ParityError(
-            f"{step} does not compute what the model computes: relative error {worst:.1e} on {kind} input, tolerance {tolerance:g}.",
+            f"{step} does not compute what the model computes: relative error {worst:.1e} on {kind} input,"
+            f" tolerance {tolerance:g}.",
             "Run `edgekit doctor` and compare runtime versions; the files written so far are not to be shipped.",
         )
     return Parity(step=step, inputs=kind, max_relative_error=worst, tolerance=tolerance)

@@ -38,7 +38,9 @@ def to_onnx(program: Program, opset: int = OPSET) -> Any:
         assert exported is not None
         model = exported.model_proto
     except Exception as error:
-        raise ModelError(f"torch.onnx cannot export this model: {first_line(error)}.", "Try a newer torch, or report the model.") from error
+        raise ModelError(
+            f"torch.onnx cannot export this model: {first_line(error)}.", "Try a newer torch, or report the model."
+        ) from error
     finally:
         quiet.setLevel(level)
     return checked_opset(simplified(model), opset)
@@ -58,7 +60,9 @@ def simplified(model: Any) -> Any:
 def checked_opset(model: Any, opset: int) -> Any:
     written = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if written != opset:
-        raise ModelError(f"The exporter wrote opset {written} where {opset} was asked.", "Ask for the opset it writes, or update torch.")
+        raise ModelError(
+            f"The exporter wrote opset {written} where {opset} was asked.", "Ask for the opset it writes, or update torch."
+        )
     return model
 
 

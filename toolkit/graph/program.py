@@ -1,7 +1,7 @@
 """A traced program and its channel groups.
 
-`trace` runs `torch.export`, functionalises, and keeps the unlifted ATen GraphModule. Everything downstream (interventions, surgery,
-export) works on that module; the model's own Python is never looked at or called again.
+`trace` runs `torch.export`, functionalises, and keeps the unlifted ATen GraphModule. Everything downstream (interventions,
+surgery, export) works on that module; the model's own Python is never looked at or called again.
 """
 
 from __future__ import annotations
@@ -103,10 +103,17 @@ class Program:
         return sum(p.numel() for p in self.module.parameters())
 
 
+def operand(node: Node, index: int) -> Node:
+    """An operator's tensor argument."""
+    found = node.args[index]
+    assert isinstance(found, Node)
+    return found
+
+
 def node_macs(program: Program, node: Node) -> int:
     if node.target not in MIXERS:
         return 0
-    out, weight = program.shapes[node.name], program.shapes[node.args[1].name]  # type: ignore[union-attr]
+    out, weight = program.shapes[node.name], program.shapes[operand(node, 1).name]
     per_output = int(np.prod(weight[1:]))
     return int(np.prod(out[1:])) * per_output
 
@@ -147,7 +154,7 @@ def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
         except Exception as error:
             raise ModelError(
                 f"torch.export cannot trace this model: {first_line(error)}.",
-                "Find the line with `python -c 'import torch; torch.export.export(model, (x,))'`; branches on tensor values are the usual cause.",
+                "Branches on tensor values are the usual cause: run torch.export.export(model, (x,)) to see the line.",
             ) from error
     if batch is None:
         held = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
@@ -171,7 +178,7 @@ def tidy(module: GraphModule) -> None:
     """Drop the shape guards (surgery changes shapes on purpose), dead nodes and unused parameters."""
     for node in list(module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
@@ -265,7 +272,7 @@ def find_groups(
                     for c, count in zip(*np.unique(entries, return_counts=True), strict=True):
                         touched[int(c)][str(node.target), axis] += int(count)
         elif node.target in MIXERS:
-            weight = dims[node.args[1].name]
+            weight = dims[operand(node, 1).name]
             depthwise = node.target in CONVOLUTIONS and argument(node, 6, "groups", 1) != 1
             for c in np.unique(weight[0]):  # type: ignore[arg-type]
                 if not depthwise:
@@ -277,7 +284,7 @@ def find_groups(
     first_entry: dict[int, int] = {}
     for node in module.graph.nodes:  # channels are numbered as the first producer numbers them
         if node.target in MIXERS:
-            for c in dims[node.args[1].name][0]:  # type: ignore[union-attr]
+            for c in dims[operand(node, 1).name][0]:  # type: ignore[union-attr]
                 first_entry.setdefault(int(c), len(first_entry))
     for c in sorted(first_entry, key=first_entry.__getitem__):
         if producers[c] and (consumers[c] or c in reasons):
@@ -289,7 +296,7 @@ def find_groups(
         c = members[0]
         made, used = list(producers[c]), list(consumers[c])
         node = next(n for n in module.graph.nodes if n.name == made[0])
-        name = str(node.args[1].target).removesuffix(".weight")
+        name = str(operand(node, 1).target).removesuffix(".weight")
         name = name if name not in units else f"{name}:{sum(u.split(':')[0] == name for u in units)}"
         kind: GroupKind = "residual" if len(made) > 1 else "neurons" if node.target is aten.linear.default else "conv"
         places = tuple(Place(parameter=p, axis=a, elements=k) for (p, a), k in sorted(touched[c].items()))
@@ -336,7 +343,7 @@ def find_place(group: ChannelGroup, parameter: str, axis: int) -> Place | None:
 
 def weight_of(node: Node) -> str:
     """Parameter path of a mixer's weight."""
-    return str(node.args[1].target)  # type: ignore[union-attr]
+    return str(operand(node, 1).target)
 
 
 def unprunable(program: Program) -> Sequence[tuple[str, str]]:
@@ -344,4 +351,15 @@ def unprunable(program: Program) -> Sequence[tuple[str, str]]:
     return [(g.name, g.reason) for g in program.groups if not g.prunable]
 
 
-__all__ = ["Branch", "Program", "analyse", "attribute", "example_input", "first_line", "place", "trace", "unprunable", "weight_of"]
+__all__ = [
+    "Branch",
+    "Program",
+    "analyse",
+    "attribute",
+    "example_input",
+    "first_line",
+    "place",
+    "trace",
+    "unprunable",
+    "weight_of",
+]

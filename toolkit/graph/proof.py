@@ -1,9 +1,9 @@
 """The proof of a cut: what the sliced program computes is what the dense one computes without the removed channels.
 
-The reference is the dense program in float64, run operator by operator, in which every consumer sees zeros in place of the removed
-channels (and a dropped branch adds zeros). It knows nothing of slicing: no parameter is cut, no shape constant is rewritten. Run on the
-model's own parameters and again with every parameter and running statistic re-randomised, because dead channels and
-zero biases would hide a wrong slice.
+The reference is the dense program in float64, run operator by operator, in which every consumer sees zeros in place of the
+removed channels (and a dropped branch adds zeros). It knows nothing of slicing: no parameter is cut, no shape constant is
+rewritten. Run on the model's own parameters and again with every parameter and running statistic re-randomised, because dead
+channels and zero biases would hide a wrong slice.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Masked(Interpreter):
     def run_node(self, n: Node) -> object:
         if n.name in self.masks:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = self.call_function(n.target, (args[0] * self.masks[n.name], *args[1:]), kwargs)  # type: ignore[arg-type]
+            value = self.call_function(n.target, (args[0] * self.masks[n.name], *args[1:]), kwargs)
         else:
             value = super().run_node(n)
-        return torch.zeros_like(value) if n.name in self.dropped else value  # type: ignore[call-overload]
+        return torch.zeros_like(value) if n.name in self.dropped else value
 
 
 def consumer_masks(program: Program, kept: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
@@ -51,7 +51,9 @@ def consumer_masks(program: Program, kept: Mapping[str, Sequence[int]]) -> dict[
         rank = len(program.shapes[source.name])
         axis = rank - 1 if node.target is torch.ops.aten.linear.default else 1
         owners = program.channels(source.name, axis)
-        mask = torch.tensor([0.0 if o and o[0] in stays and o[1] not in stays[o[0]] else 1.0 for o in owners], dtype=torch.float64)
+        mask = torch.tensor(
+            [0.0 if o and o[0] in stays and o[1] not in stays[o[0]] else 1.0 for o in owners], dtype=torch.float64
+        )
         if (mask == 0).any():
             masks[node.name] = mask.reshape([-1 if d == axis else 1 for d in range(rank)])
     return masks

@@ -112,8 +112,8 @@ def entrywise(flow: Flow, node: Node) -> Dims:
 
 
 @rule(
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.minimum.default, aten.add.Scalar,
-    aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.minimum.default,
+    aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar,
 )  # fmt: skip
 def broadcast(flow: Flow, node: Node) -> Dims:
     operands = [a for a in node.args[:2] if isinstance(a, Node) and a in flow.dims]

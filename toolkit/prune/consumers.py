@@ -1,6 +1,7 @@
 """A consumer is a convolution or linear seen as a linear map: rows X [n, D] times weight [O, D].
 
-D runs over input channels and, within a channel, over the kernel. Entry e of input channel i is column i * k + e with k the kernel's size.
+D runs over input channels and, within a channel, over the kernel. Entry e of input channel i is column i * k + e with k the
+kernel's size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.fx import Node
 
 from toolkit.graph import Program
 from toolkit.graph.labels import Entries
-from toolkit.graph.program import BATCH_NORMS, weight_of
+from toolkit.graph.program import BATCH_NORMS, operand, weight_of
 from toolkit.graph.rules import argument, aten
 from toolkit.prune.engine import Values
 
@@ -56,7 +57,7 @@ def consumer(program: Program, node: Node) -> Consumer | None:
     if node.target is aten.linear.default:
         window: tuple[int, ...] = ()
     elif node.target is aten.conv2d.default and argument(node, 6, "groups", 1) == 1:
-        window = program.shapes[node.args[1].name][2:]  # type: ignore[union-attr]
+        window = program.shapes[operand(node, 1).name][2:]
     else:
         return None
     bias = argument(node, 2, "bias")
@@ -64,13 +65,13 @@ def consumer(program: Program, node: Node) -> Consumer | None:
     norm = users[0] if len(users) == 1 and users[0].target in BATCH_NORMS else None
     return Consumer(
         node=node.name,
-        source=node.args[0].name,  # type: ignore[union-attr]
+        source=operand(node, 0).name,
         weight=weight_of(node),
         bias=str(bias.target) if isinstance(bias, Node) else "",
         norm=norm.name if norm else "",
-        norm_mean=str(norm.args[3].target) if norm else "",  # type: ignore[union-attr]
+        norm_mean=str(operand(norm, 3).target) if norm else "",
         window=window,
-        channels=program.shapes[node.args[1].name][1],  # type: ignore[union-attr]
+        channels=program.shapes[operand(node, 1).name][1],
     )
 
 
@@ -99,7 +100,7 @@ def columns_of(c: Consumer, channels: Entries) -> Entries:
 def group_columns(program: Program, c: Consumer, group: str) -> Entries:
     """[width, columns a channel] of D for every channel of a group."""
     positions: dict[int, list[int]] = {}
-    weight_node = program.nodes[c.node].args[1].name  # type: ignore[union-attr]
+    weight_node = operand(program.nodes[c.node], 1).name
     for i, owner in enumerate(program.channels(weight_node, 1)):
         if owner and owner[0] == group:
             positions.setdefault(owner[1], []).append(i)
@@ -115,7 +116,9 @@ def rows(c: Consumer, node: Node, x: torch.Tensor, limit: int, generator: torch.
         flat = x.reshape(len(x), -1, x.shape[-1])
         at = torch.randperm(flat.shape[1], generator=generator)[:limit].sort().values
         return flat[:, at].reshape(-1, x.shape[-1]), at
-    stride, padding, dilation = (argument(node, i, name, d) for i, name, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1)))
+    stride, padding, dilation = (
+        argument(node, i, name, d) for i, name, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
     patches = F.unfold(x, c.window, dilation=dilation, padding=padding, stride=stride)  # [N, D, L]
     at = torch.randperm(patches.shape[2], generator=generator)[:limit].sort().values
     return patches[:, :, at].transpose(1, 2).reshape(-1, patches.shape[1]), at

@@ -1,35 +1,39 @@
 """The causal effect of each channel on the predictions, and its category.
 
-With f the intact model, y(x) its predicted class, p(x) = softmax(f(x))[y(x)] and p_n(x) the same entry with channel n removed from all its
-consumers, over calibration images x:
+With f the intact model, y(x) its predicted class, p(x) = softmax(f(x))[y(x)] and p_n(x) the same entry with channel n
+removed from all its consumers, over calibration images x:
 
     d_n(x) = (p_n(x) - p(x)) / max(p(x), eps)          relative effect
     l_n(x) = logit(p_n(x)) - logit(p(x))               effect on the log-odds, which does not saturate
 
-The categories are decided on the log-odds by paired tests: critical (mean significantly below 0), detrimental (above 0), with the false
-discovery rate held at 5 % over all channels of the network (Benjamini and Hochberg); neutral where the 95 % interval lies inside +-NEUTRAL;
-undecided otherwise. This follows our reading of the abstract of C-SWAP (Bauvin, Baret, Ahmad; arXiv 2510.18636); it is no reproduction.
+The categories are decided on the log-odds by paired tests: critical (mean significantly below 0), detrimental (above 0),
+with the false discovery rate held at 5 % over all channels of the network (Benjamini and Hochberg); neutral where the 95 %
+interval lies inside +-NEUTRAL; undecided otherwise. This follows our reading of the abstract of C-SWAP (Bauvin, Baret,
+Ahmad; arXiv 2510.18636); it is no reproduction.
 
-Every channel is screened by the first-order estimate of l_n (one backward pass for all of them); those whose category is in doubt are then removed
-for real, as many as the budget of forward passes allows. The record says which.
+Every channel is screened by the first-order estimate of l_n (one backward pass for all of them); those whose category is in
+doubt are then removed for real, as many as the budget of forward passes allows. The record says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import false_discovery_control, t as student
+from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 
 from toolkit.graph import Program
+from toolkit.graph.program import operand
 from toolkit.prune.engine import Cached, Engine, chunked, joined
 from toolkit.schema import Category, CategoryCounts, Effect
 
 EPSILON = 1e-3
-NEUTRAL = 0.02
+NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
+INTERVENTION_IMAGES = 64
 DISCOVERY_RATE = 0.05
 
 Progress = Callable[[str, float, float], None]
@@ -49,7 +53,8 @@ class Sensitivity:
 
     Attributes:
         effects: per group [M, width]: first-order change of the log-odds when the channel is removed.
-        importance: per consumer node [O]: E |d(v . f)/dy_o|^2 for random signs v, how far the outputs move with that output channel.
+        importance: per consumer node [O]: E |d(v . f)/dy_o|^2 for random signs v, how far the outputs move with that output
+            channel.
     """
 
     effects: dict[str, Array]
@@ -61,7 +66,7 @@ def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: 
     indices: dict[str, list[tuple[str, torch.Tensor, torch.Tensor, int]]] = {}
     for group in program.prunable:
         for name in group.consumers:
-            weight_node = program.nodes[name].args[1].name  # type: ignore[union-attr]
+            weight_node = operand(program.nodes[name], 1).name
             owners = program.channels(weight_node, 1)
             at = [(i, o[1]) for i, o in enumerate(owners) if o and o[0] == group.name]
             where, channel = torch.tensor(at).T
@@ -96,8 +101,8 @@ def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: 
                 importance[name] = importance.get(name, torch.zeros_like(power)) + power
         quantity = log_odds(logits, label) if logits.shape[1] > 1 else logits[:, 0]
         moved = torch.autograd.grad(quantity.sum(), list(masks.values()), allow_unused=True)
-        for group, grad in zip(masks, moved, strict=True):
-            parts[group].append(np.zeros((len(chunk), masks[group].shape[1])) if grad is None else -grad.double().numpy())
+        for owner, change in zip(masks, moved, strict=True):
+            parts[owner].append(np.zeros((len(chunk), masks[owner].shape[1])) if change is None else -change.double().numpy())
     return Sensitivity({g: np.concatenate(p) for g, p in parts.items()}, {n: v / len(images) for n, v in importance.items()})
 
 
@@ -109,11 +114,11 @@ def removal(program: Program, engine: Engine, group: str, channel: int) -> dict[
     """do(a_n = 0) at every consumer: its weights with the channel's columns zero."""
     overrides: dict[str, torch.Tensor] = {}
     for name in program.group(group).consumers:
-        node = program.nodes[name].args[1]
-        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o == (group, channel)]  # type: ignore[union-attr]
-        weight = overrides.get(str(node.target), engine.params[str(node.target)]).clone()  # type: ignore[union-attr]
+        node = operand(program.nodes[name], 1)
+        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o == (group, channel)]
+        weight = overrides.get(str(node.target), engine.params[str(node.target)]).clone()
         weight[:, at] = 0.0
-        overrides[str(node.target)] = weight  # type: ignore[union-attr]
+        overrides[str(node.target)] = weight
     return overrides
 
 
@@ -154,7 +159,13 @@ def categorise(tests: list[Test], rate: float = DISCOVERY_RATE, neutral: float =
         inside = -neutral <= test.low and test.high <= neutral
         significant = q <= rate
         categories.append(
-            "neutral" if inside else "critical" if significant and test.mean < 0 else "detrimental" if significant else "undecided"
+            "neutral"
+            if inside
+            else "critical"
+            if significant and test.mean < 0
+            else "detrimental"
+            if significant
+            else "undecided"
         )
     return categories, [float(q) for q in q_values]
 
@@ -163,16 +174,17 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     """Effects of all channels of all prunable groups.
 
     Args:
-        passes: forward passes over the cached images that real interventions may cost, shares of a pass counted by the suffix they run.
+        passes: forward passes over the cached images that real interventions may cost, counted by the share of the
+            network and of the images that each runs.
     """
     program, engine = cached.engine.program, cached.engine
-    images = len(cached.images)
+    images, few = len(cached.images), min(INTERVENTION_IMAGES, len(cached.images))
     keys = [(g.name, n) for g in program.prunable for n in range(g.width)]
     screened = {(g, n): sensitivity.effects[g][:images, n] for g, n in keys}
     tests = {k: paired_test(v) for k, v in screened.items()}
     total = len(engine.steps)
     share = {
-        g.name: 1.0 - cached.restart(first_consumer(program, engine, g.name)) / total for g in program.prunable
+        g.name: (1.0 - cached.restart(first_consumer(program, engine, g.name)) / total) * few / images for g in program.prunable
     }
     doubtful = sorted(keys, key=lambda k: doubt(tests[k]))
     relative: dict[tuple[str, int], Array] = {}
@@ -182,8 +194,8 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
             continue
         spent += share[key[0]]
         with torch.no_grad():
-            after = cached.outputs_with(removal(program, engine, *key), first_consumer(program, engine, key[0]))
-        relative[key], odds = paired(cached.outputs, after)
+            after = cached.outputs_with(removal(program, engine, *key), first_consumer(program, engine, key[0]), images=few)
+        relative[key], odds = paired(cached.outputs[:few], after)
         tests[key] = paired_test(odds)
         done.add(key)
         progress("causal effects", spent, passes)
@@ -217,7 +229,7 @@ def first_consumer(program: Program, engine: Engine, group: str) -> str:
     return min(program.group(group).consumers, key=engine.position.__getitem__)
 
 
-def count(effects: list[Effect], group: str, channels: Mapping[int, object] | set[int] | None = None) -> CategoryCounts:
+def count(effects: Sequence[Effect], group: str, channels: set[int] | None = None) -> CategoryCounts:
     """How many channels of each category a group has, or how many of the given `channels`."""
     chosen = [e.category for e in effects if e.group == group and (channels is None or e.channel in channels)]
-    return CategoryCounts(**{c: chosen.count(c) for c in ("critical", "neutral", "detrimental", "undecided")})  # type: ignore[arg-type]
+    return CategoryCounts(**{c: chosen.count(c) for c in ("critical", "neutral", "detrimental", "undecided")})

@@ -1,14 +1,15 @@
 """Runs a program operator by operator, with interventions.
 
-An intervention overrides parameters (a consumer's weights with a channel's columns changed) or silences a node (a dropped branch adds
-zeros). The prefix up to the first place that an intervention touches is computed once and cached at cut points: places
-where one tensor is all that later operators need.
+An intervention overrides parameters (a consumer's weights with a channel's columns changed) or silences a node (a dropped
+branch adds zeros). The prefix up to the first place that an intervention touches is computed once and cached at cut points:
+places where one tensor is all that later operators need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -115,7 +116,7 @@ class Engine:
         result: torch.Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
         return result
 
-    def _value(self, node: Node, env: dict[str, object], value: torch.Tensor) -> object:
+    def _value(self, node: Node, env: dict[str, object], value: torch.Tensor) -> Any:
         if node.op == "get_attr":
             return self.params[str(node.target)]
         if node.name not in env and node.name not in self.program.shapes:
@@ -123,7 +124,7 @@ class Engine:
         return env[node.name]
 
     def fetch(self, node: Node, env: dict[str, object], value: torch.Tensor) -> tuple[object, ...]:
-        return tuple(map_arg(node.args, lambda n: self._value(n, env, value)))  # type: ignore[arg-type]
+        return tuple(map_arg(node.args, lambda n: self._value(n, env, value)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ class Cached:
         position = self.engine.position[first]
         return max((p for p in self.at if p < position), default=0)
 
-    def outputs_with(self, overrides: Mapping[str, torch.Tensor], first: str, silence: Collection[str] = (), images: int = 0) -> torch.Tensor:
+    def outputs_with(
+        self, overrides: Mapping[str, torch.Tensor], first: str, silence: Collection[str] = (), images: int = 0
+    ) -> torch.Tensor:
         """Outputs [M, K] under an intervention whose earliest touched node is `first`; `images` limits how many are used."""
         other = self.engine.with_params(overrides)
         start, parts, count = self.restart(first), [], 0
@@ -166,7 +169,7 @@ def chunked(program: Program, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Images in pieces that the program runs at once; pieces keep the largest activation under about 100 MB."""
     largest = max(int(torch.Size(s[1:]).numel()) for s in program.shapes.values() if len(s) > 1 and s[0] == len(program.example))
     size = program.batch or max(1, min(64, int(25e6) // largest))
-    return images.split(size)
+    return tuple(images[i : i + size] for i in range(0, len(images), size))
 
 
 def cache(engine: Engine, images: torch.Tensor, memory_bytes: float = 1.5e9) -> Cached:

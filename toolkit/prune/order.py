@@ -1,9 +1,10 @@
 """Which channels of a group go first, by greedy least-squares elimination, and what the consumers' weights become on the way.
 
-For a consumer with weight w [O, D] and Gram matrix G = X^T X / n of its inputs, the change of w that removes columns S and disturbs the output
-least solves  min_dw tr(dw (G + l I) dw^T)  subject to dw_S = -w_S. Its cost is tr(w_S [(H_SS)]^-1 w_S^T) with H = (G + l I)^-1, and the solution
-dw = -w_S (H_SS)^-1 H_S:, after which H loses its S rows and columns by the Schur complement (Hassibi and Stork, "optimal brain surgeon",
-here with blocks of columns a channel). The ridge l pulls towards the old weights.
+For a consumer with weight w [O, D] and Gram matrix G = X^T X / n of its inputs, the change of w that removes columns S and
+disturbs the output least solves  min_dw tr(dw (G + l I) dw^T)  subject to dw_S = -w_S. Its cost is tr(w_S [(H_SS)]^-1 w_S^T)
+with H = (G + l I)^-1, and the solution dw = -w_S (H_SS)^-1 H_S:, after which H loses its S rows and columns by the Schur
+complement (Hassibi and Stork, "optimal brain surgeon", here with blocks of columns a channel). The ridge l pulls towards the
+old weights.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
     total = len(consumers[0].columns)
     smallest = min((w for w in widths if w > 0), default=total)
     state = [
-        [torch.linalg.inv(damped(c.gram)), c.weight.clone(), torch.as_tensor(c.columns), c.importance.sqrt()[:, None]] for c in consumers
+        [torch.linalg.inv(damped(c.gram)), c.weight.clone(), torch.as_tensor(c.columns), c.importance.sqrt()[:, None]]
+        for c in consumers
     ]
     alive = np.arange(total)
     order: list[int] = []
@@ -69,7 +71,9 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
         next_stop = next(w for w in stops if w < len(alive))
         step = min(max(1, total // 48), len(alive) - next_stop)
         if given is None:
-            cost = sum(scores(inverse, weight * scale, columns[torch.as_tensor(alive)]) for inverse, weight, columns, scale in state)
+            cost = sum(
+                scores(inverse, weight * scale, columns[torch.as_tensor(alive)]) for inverse, weight, columns, scale in state
+            )
             assert isinstance(cost, torch.Tensor)
             worst = alive[torch.argsort(cost, stable=True)[:step].numpy()]
         else:
@@ -87,7 +91,8 @@ def scores(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -
     """tr(w_n (H_nn)^-1 w_n^T) for every channel n: [channels]."""
     blocks = inverse[columns[:, :, None], columns[:, None, :]]  # [n, k, k]
     w = weight.T[columns]  # [n, k, O]
-    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+    cost: torch.Tensor = (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+    return cost
 
 
 def remove(entry: list[torch.Tensor], gone: torch.Tensor) -> None:

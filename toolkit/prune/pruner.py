@@ -1,7 +1,7 @@
 """One round of pruning: score the network as it stands, and, given widths, cut, prove and repair it.
 
-The dense network stays the reference throughout: responses and repair targets are its outputs, however many rounds went before. Calibration
-images travel as one float32 array [M, C, H, W].
+The dense network stays the reference throughout: responses and repair targets are its outputs, however many rounds went
+before. Calibration images travel as one float32 array [M, C, H, W].
 """
 
 from __future__ import annotations
@@ -58,15 +58,19 @@ class Cut:
 
 
 def candidate_widths(width: int, floor: int, least: int) -> tuple[int, ...]:
-    """Widths worth asking about: eighths of the full one on a grid of 2 to 16 channels, the full one, and 0 where a branch may go."""
-    grid = 16 if width >= 64 else 8 if width >= 48 else 4 if width >= 24 else 2 if width >= 16 else 1
+    """Widths worth asking about: eighths of the full one on a grid of 2 to 16 channels, the full one, and 0 where a branch
+    may go.
+    """
+    grid = 16 if width >= 64 else 8 if width >= 48 else 4 if width >= 24 else 2 if width >= 8 else 1
     step = -(-max(1, width // 8) // grid) * grid
     inner = [w for w in range(step, width, step) if w >= least]
     return tuple(([0] if floor == 0 and least <= 1 else []) + inner + [width])
 
 
 def response_images(program: Program, candidates: Mapping[str, Sequence[int]], available: int) -> int:
-    """How many images a round of responses uses, from its cost in multiply-accumulates (each intervention runs half the network on average)."""
+    """How many images a round of responses uses, from its cost in multiply-accumulates (each intervention runs half the
+    network on average).
+    """
     interventions = sum(len(w) for w in candidates.values())
     affordable = int(RESPONSE_MACS / max(1.0, 0.5 * interventions * program.macs()))
     return min(available, max(RESPONSE_IMAGES[0], min(RESPONSE_IMAGES[1], affordable)))

@@ -5,9 +5,9 @@ the pruned and already repaired layers before it really produce:
 
     min over dW:  |X (W + dW)^T - T|^2 + l |dW|^2
 
-with X [n, D] its inputs in the pruned network and T [n, O] what the dense network has at that place. Where the output joins a residual stream, T also
-carries what the stream lacks by then: T = (dense sum) - (pruned other operand). No labels, no gradients. The ridge l is chosen on held-back images,
-"leave it as it is" among the choices.
+with X [n, D] its inputs in the pruned network and T [n, O] what the dense network has at that place. Where the output joins
+a residual stream, T also carries what the stream lacks by then: T = (dense sum) - (pruned other operand). No labels, no
+gradients. The ridge l is chosen on held-back images, "leave it as it is" among the choices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from toolkit.graph import Program
-from toolkit.graph.program import attribute
+from toolkit.graph.program import attribute, operand
 from toolkit.graph.rules import aten
 from toolkit.prune.consumers import Consumer, can_shift, consumer, matrix, rows, shifted, target_rows
 from toolkit.prune.engine import Engine, Values, chunked, distortion, joined
@@ -35,7 +35,9 @@ Progress = Callable[[str, float, float], None]
 
 
 class LayerRepair(msgspec.Struct, frozen=True):
-    """What happened at one operator: relative squared error on held-back rows before and after, and the ridge (-1: left alone)."""
+    """What happened at one operator: relative squared error on held-back rows before and after, and the ridge (-1: left
+    alone).
+    """
 
     node: str
     before: float
@@ -79,9 +81,10 @@ def join_of(program: Program, c: Consumer) -> Join | None:
         user = next(iter(node.users))
         if user.target is aten.add.Tensor and len(user.args) == 2:
             rest = next((a for a in user.args if a is not node), None)
-            ok = isinstance(rest, Node) and rest.name in program.shapes and order[rest.name] < order[c.node]
-            same = ok and program.shapes[rest.name] == program.shapes[user.name] == program.shapes[c.node]  # type: ignore[union-attr]
-            return Join(user.name, rest.name) if same else None  # type: ignore[union-attr]
+            if not isinstance(rest, Node) or rest.name not in program.shapes or order[rest.name] > order[c.node]:
+                return None
+            same = program.shapes[rest.name] == program.shapes[user.name] == program.shapes[c.node]
+            return Join(user.name, rest.name) if same else None
         if user.name != c.norm and "getitem" not in str(user.target):
             return None
         node = user
@@ -95,7 +98,9 @@ def surviving(dense: Program, node: str, axis: int, alive: Mapping[str, Sequence
     return torch.tensor([i for i, o in enumerate(owners) if o is None or o[0] not in stays or o[1] in stays[o[0]]])
 
 
-def dense_targets(dense: Engine, consumers: Mapping[str, Consumer], joins: Mapping[str, Join], images: torch.Tensor) -> dict[str, torch.Tensor]:
+def dense_targets(
+    dense: Engine, consumers: Mapping[str, Consumer], joins: Mapping[str, Join], images: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Sampled rows of the dense network's tensors: each consumer's output, or its residual sum where it joins one."""
     program = dense.program
     wanted = {joins[n].node if n in joins else n: None for n in consumers}
@@ -118,13 +123,15 @@ def sampled(program: Program, c: Consumer, y: torch.Tensor, images: int) -> torc
 def norm_parameters(program: Program, c: Consumer, params: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """(scale, shift) [O] of the BatchNorm behind c: output = scale x + shift."""
     args = program.nodes[c.norm].args
-    weight, bias, mean, variance = (params[str(a.target)].double() for a in args[1:5])  # type: ignore[union-attr]
+    weight, bias, mean, variance = (params[str(a.target)].double() for a in args[1:5] if isinstance(a, Node))
     scale = weight / (variance + float(args[6])).sqrt()  # type: ignore[arg-type]
     return scale, bias - mean * scale
 
 
 def solve(x: torch.Tensor, residual: torch.Tensor, ridge: float) -> torch.Tensor:
-    """dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm; primal or dual, whichever is smaller."""
+    """dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm; primal or dual,
+    whichever is smaller.
+    """
     n, d = x.shape
     level = float(x.square().sum() / d) * ridge + 1e-12
     if d <= n:
@@ -181,7 +188,9 @@ def refit(
     return changed, LayerRepair(c.node, before, trials[best], best)
 
 
-def repair(dense: Engine, pruned: Program, alive: Mapping[str, Sequence[int]], images: torch.Tensor, progress: Progress) -> Repaired:
+def repair(
+    dense: Engine, pruned: Program, alive: Mapping[str, Sequence[int]], images: torch.Tensor, progress: Progress
+) -> Repaired:
     """Repair every operator behind the first cut.
 
     Args:
@@ -208,7 +217,7 @@ def repair(dense: Engine, pruned: Program, alive: Mapping[str, Sequence[int]], i
                 c = consumers[node.name]
                 limit = limit_rows(c, len(images))
                 x = torch.cat([rows(c, node, env[c.source], limit, positions(c))[0] for env in state])  # type: ignore[arg-type]
-                keep = surviving(dense.program, dense.program.nodes[node.name].args[1].name, 0, alive)  # type: ignore[union-attr]
+                keep = surviving(dense.program, operand(dense.program.nodes[node.name], 1).name, 0, alive)
                 target = targets.pop(node.name)[:, keep]
                 usable = torch.ones(target.shape[1], dtype=torch.bool)
                 if node.name in joins:

@@ -1,7 +1,7 @@
 """Width responses: what the predictions lose when a group is cut to a width, with its consumers repaired, by intervention.
 
-Nothing is sliced here: removed channels are columns of zeros in the consumers' weights, so one cached dense program serves every group and
-width. Width 0 silences a residual branch.
+Nothing is sliced here: removed channels are columns of zeros in the consumers' weights, so one cached dense program serves
+every group and width. Width 0 silences a residual branch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from toolkit.graph import Program
+from toolkit.graph.program import operand
 from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
@@ -80,9 +81,9 @@ def magnitude_order(program: Program, group: str, params: Mapping[str, torch.Ten
     g = program.group(group)
     norm = np.zeros(g.width)
     for name in g.producers:
-        node = program.nodes[name].args[1]
-        weight = params[str(node.target)].detach().double().abs().pow(power)  # type: ignore[union-attr]
-        for i, owner in enumerate(program.channels(node.name, 0)):  # type: ignore[union-attr]
+        node = operand(program.nodes[name], 1)
+        weight = params[str(node.target)].detach().double().abs().pow(power)
+        for i, owner in enumerate(program.channels(node.name, 0)):
             if owner and owner[0] == group:
                 norm[owner[1]] += float(weight[i].mean())
     return [int(n) for n in np.argsort(norm, kind="stable")]
@@ -118,7 +119,8 @@ def group_responses(
 
     Args:
         reference: outputs [M, K] of the original dense network on the cached images.
-        orders: candidate orders by name; None stands for greedy least-squares elimination. They are compared by intervention at the middle width.
+        orders: candidate orders by name; None stands for greedy least-squares elimination. They are compared by intervention
+            at the middle width.
     """
     program, params = cached.engine.program, cached.engine.params
     width = program.group(group).width
@@ -144,7 +146,8 @@ def group_responses(
         elif order is not None:
             candidates[name] = Elimination(tuple(order), {})
     scores = {
-        name: distortion(outcome(e, middle), reference) if len(candidates) > 1 and middle else 0.0 for name, e in candidates.items()
+        name: distortion(outcome(e, middle), reference) if len(candidates) > 1 and middle else 0.0
+        for name, e in candidates.items()
     }
     best = min(scores, key=lambda name: scores[name])
     chosen = candidates[best]
@@ -177,9 +180,9 @@ def masked(program: Program, params: Mapping[str, torch.Tensor], group: str, cha
     gone = set(channels)
     changed: Values = {}
     for name in program.group(group).consumers:
-        node = program.nodes[name].args[1]
-        path = str(node.target)  # type: ignore[union-attr]
-        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o and o[0] == group and o[1] in gone]  # type: ignore[union-attr]
+        node = operand(program.nodes[name], 1)
+        path = str(node.target)
+        at = [i for i, o in enumerate(program.channels(node.name, 1)) if o and o[0] == group and o[1] in gone]
         weight = changed.get(path, params[path]).clone()
         weight[:, at] = 0.0
         changed[path] = weight

@@ -1,4 +1,6 @@
-"""Reports: a run's records as a verdict line, a terminal summary and one self-contained HTML page. Nothing is computed twice here."""
+"""Reports: a run's records as a verdict line, a terminal summary and one self-contained HTML page. Nothing is computed
+twice here.
+"""
 
 from __future__ import annotations
 

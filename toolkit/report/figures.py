@@ -1,4 +1,6 @@
-"""The page's figures: matplotlib to inline SVG whose colours are the page's CSS variables, so that light, dark and print all fit."""
+"""The page's figures: matplotlib to inline SVG whose colours are the page's CSS variables, so that light, dark and print
+all fit.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r"<svg\b[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-labelledby="{name}">', svg, count=1)
     svg = re.sub(r'\b(id=")', rf"\1{name}-", svg)
     svg = re.sub(r'(url\(#|xlink:href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r"font(-family)?: ?(\d+px )?'DejaVu Sans'[^;\"]*", lambda match: f"font-size: {match[2]}" if match[2] else "", svg)
+    svg = re.sub(
+        r"font(-family)?: ?(\d+px )?'DejaVu Sans'[^;\"]*", lambda match: f"font-size: {match[2]}" if match[2] else "", svg
+    )
     for variable, colour in _COLOUR.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg
@@ -97,7 +101,14 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 def _legend(axes: Axes, columns: int, **options: Any) -> None:
     """A legend in one line above the axes."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handlelength=1, handletextpad=0.5, columnspacing=1.2, borderpad=0.2, **options
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        handlelength=1,
+        handletextpad=0.5,
+        columnspacing=1.2,
+        borderpad=0.2,
+        **options,
     )
 
 
@@ -112,7 +123,7 @@ def latency(report: Report, comparison: Comparison) -> str:
     def paint(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
         _distribution(top, sides, scale)
-        for axes, line in ((top, top.axvline), (bottom, bottom.axhline)):
+        for line in (top.axvline, bottom.axhline):
             line(report.budget_ns / scale, color=_COLOUR["budget"], linewidth=1.4, linestyle=(0, (4, 2)), label="budget")
         _legend(top, 3)
         top.set_xlabel(f"latency, {unit}")
@@ -134,7 +145,9 @@ def _median(samples: Sequence[int]) -> float:
 
 
 def _distribution(axes: Axes, sides: Sequence[tuple[str, Measurement]], scale: float) -> None:
-    """Histograms over a common range; the slowest 1 % is folded into the last bin, so that one stall does not flatten the rest."""
+    """Histograms over a common range; the slowest 1 % is folded into the last bin, so that one stall does not flatten the
+    rest.
+    """
     for name, side in sides:
         samples = sorted(sample / scale for samples in side.rounds_ns for sample in samples)
         if not samples:
@@ -144,7 +157,9 @@ def _distribution(axes: Axes, sides: Sequence[tuple[str, Measurement]], scale: f
         bins = max(8, min(40, len(samples) // 12))
         limits = (low, high) if high > low else None
         axes.hist(clipped, bins, limits, histtype="stepfilled", color=_COLOUR[name], alpha=0.35, linewidth=0)
-        axes.hist(clipped, bins, limits, histtype="step", color=_COLOUR[name], linewidth=1.2, label=f"{name}, {len(samples)} samples")
+        axes.hist(
+            clipped, bins, limits, histtype="step", color=_COLOUR[name], linewidth=1.2, label=f"{name}, {len(samples)} samples"
+        )
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlim(left=0)
@@ -160,7 +175,15 @@ def iterations(report: Report) -> str:
         axes.axhline(report.budget_ns / scale, color=_COLOUR["budget"], linewidth=1.4, linestyle=(0, (4, 2)), label="budget")
         for name, marker, colour in (("target", "_", "muted"), ("predicted", "D", "dense"), ("measured", "o", "pruned")):
             values = [getattr(turn, f"{name}_ns") / scale for turn in report.iterations]
-            axes.plot(turns, values, marker=marker, markersize=6, linewidth=1 if name == "measured" else 0, color=_COLOUR[colour], label=name)
+            axes.plot(
+                turns,
+                values,
+                marker=marker,
+                markersize=6,
+                linewidth=1 if name == "measured" else 0,
+                color=_COLOUR[colour],
+                label=name,
+            )
         axes.set_xticks(turns)
         axes.set_xlim(0.5, len(turns) + 0.5)
         axes.margins(y=0.2)
@@ -224,7 +247,9 @@ def _part(group: GroupReport, category: str, removed: bool) -> int:
 
 
 def responses(groups: Sequence[GroupReport]) -> str:
-    """Heat map: a row a group, width across, distortion as depth of colour on a logarithmic scale; the chosen width is outlined."""
+    """Heat map: a row a group, width across, distortion as depth of colour on a logarithmic scale; the chosen width is
+    outlined.
+    """
     shown = [group for group in _shown(groups) if group.responses]
     values = [point.distortion for group in shown for point in _curve(group) if point.distortion > 0]
     low, high = (max(min(values), max(values) * 1e-4), max(values)) if values else (0.1, 1.0)
@@ -243,7 +268,9 @@ def responses(groups: Sequence[GroupReport]) -> str:
                 chosen = point.width == group.width_after
                 axes.barh(row, end - start, left=start, height=0.84, color=_COLOUR["critical"], alpha=depth(point.distortion))
                 if chosen:
-                    axes.barh(row, end - start, left=start, height=0.84, fill=False, edgecolor=_COLOUR["ink"], linewidth=1.5, zorder=3)
+                    axes.barh(
+                        row, end - start, left=start, height=0.84, fill=False, edgecolor=_COLOUR["ink"], linewidth=1.5, zorder=3
+                    )
         _rows(axes, [group.name for group in shown])
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])

@@ -60,7 +60,13 @@ def _gauge(report: Report) -> Mapping[str, float]:
     """Where the marks of the latency bar stand, in percent of its length; everything fits on it."""
     low, high = report.measured_ci95_ns
     full = max(report.dense_ns, report.budget_ns, report.predicted_ns, report.measured_ns, high)
-    marks = {"measured": report.measured_ns, "predicted": report.predicted_ns, "budget": report.budget_ns, "low": low, "spread": high - low}
+    marks = {
+        "measured": report.measured_ns,
+        "predicted": report.predicted_ns,
+        "budget": report.budget_ns,
+        "low": low,
+        "spread": high - low,
+    }
     return {name: 100 * value / full for name, value in marks.items()}
 
 

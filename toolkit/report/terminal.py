@@ -27,7 +27,9 @@ def verdict_line(report: Report) -> str:
     measured, predicted, budget = (f"{value:.{digits}f}" for value in times)
     if not report.measured_ns:
         return f"{word}  {predicted} {unit} {report.statistic} predicted, nothing measured (budget {budget})"
-    line = f"{word}  {measured} {unit} {report.statistic} (predicted {predicted}, budget {budget})  {units.factor(report.speedup)}  "
+    line = (
+        f"{word}  {measured} {unit} {report.statistic} (predicted {predicted}, budget {budget})  {units.factor(report.speedup)}  "
+    )
     return line + _quality(report) + ("" if report.valid else "  not valid")
 
 
@@ -112,7 +114,9 @@ def _widths(report: Report) -> Table:
 
 
 def _iterations(report: Report) -> Table:
-    table = _table("Closed loop", ("turn", True), ("aimed at", True), ("predicted", True), ("measured", True), ("table scale", True))
+    table = _table(
+        "Closed loop", ("turn", True), ("aimed at", True), ("predicted", True), ("measured", True), ("table scale", True)
+    )
     for number, turn in enumerate(report.iterations, start=1):
         times = (units.duration(value) for value in (turn.target_ns, turn.predicted_ns, turn.measured_ns))
         table.add_row(str(number), *times, f"{turn.scale:.3f}")
@@ -126,7 +130,9 @@ def _validity(report: Report) -> RenderableType:
     held_out = report.table.held_out
     low, high = report.speedup_ci95
     lines = [
-        Text.assemble(("Validity", "bold"), ": the measurement is ", ("valid", "green") if report.valid else ("not valid", "red")),
+        Text.assemble(
+            ("Validity", "bold"), ": the measurement is ", ("valid", "green") if report.valid else ("not valid", "red")
+        ),
         *(Text(f"  because {reason}") for reason in report.invalid_reasons),
         Text(f"  measured, 95 % interval: {units.span(*report.measured_ci95_ns)}; speedup {low:.2f}x to {high:.2f}x"),
         Text(
@@ -142,11 +148,15 @@ def _validity(report: Report) -> RenderableType:
 def _kernels(report: Report) -> Table:
     from rich.text import Text
 
-    table = _table("Where the milliseconds went", ("kernel", False), ("dense", True), ("pruned", True), ("saved", True), ("", False))
+    table = _table(
+        "Where the milliseconds went", ("kernel", False), ("dense", True), ("pruned", True), ("saved", True), ("", False)
+    )
     ranked = sorted(report.kernels, key=lambda kernel: kernel.pruned_ns - kernel.dense_ns)
     for kernel in ranked[:KERNELS_SHOWN]:
         saved = units.duration(kernel.dense_ns - kernel.pruned_ns)
-        table.add_row(Text(kernel.name), units.duration(kernel.dense_ns), units.duration(kernel.pruned_ns), saved, Text(kernel.note))
+        table.add_row(
+            Text(kernel.name), units.duration(kernel.dense_ns), units.duration(kernel.pruned_ns), saved, Text(kernel.note)
+        )
     rest = ranked[KERNELS_SHOWN:]
     if rest:
         dense, pruned = sum(kernel.dense_ns for kernel in rest), sum(kernel.pruned_ns for kernel in rest)

@@ -36,7 +36,6 @@ from toolkit.run.prepare import (
 from toolkit.schema import (
     Artefact,
     Budget,
-
     CategoryCounts,
     Comparison,
     Effect,
@@ -82,7 +81,13 @@ def demo_request(out: str, budget: Budget, profile: str = "local-onnxruntime", s
     from toolkit import demo
 
     return RunRequest(
-        model="demo", data=str(demo.data_path()), eval_data=str(demo.eval_path()), out=out, budget=budget, profile=profile, seed=seed
+        model="demo",
+        data=str(demo.data_path()),
+        eval_data=str(demo.eval_path()),
+        out=out,
+        budget=budget,
+        profile=profile,
+        seed=seed,
     )
 
 
@@ -100,7 +105,9 @@ def run(request: RunRequest, progress: Progress) -> Report:
         candidates, held = allocatable(traced.program, request.keep, request.min_width)
         progress("trace", 1, 1)
     if not candidates:
-        raise UsageError("No channel group of this model can be pruned.", "See why: " + "; ".join(f"{n}: {r}" for n, r in held.items())[:400])
+        raise UsageError(
+            "No channel group of this model can be pruned.", "See why: " + "; ".join(f"{n}: {r}" for n, r in held.items())[:400]
+        )
     with clock.step("images"):
         images = load_images(request, traced.preprocess, traced.classes)
     clear(out)
@@ -171,7 +178,13 @@ def move(chosen: loop.Attempt, out: Path) -> tuple[Artefact, ...]:
 
 
 def compose(
-    job: loop.Job, traced: Traced, outcome: loop.Outcome, accuracy: Accuracy, floor_share: float, held: dict[str, str], clock: Clock
+    job: loop.Job,
+    traced: Traced,
+    outcome: loop.Outcome,
+    accuracy: Accuracy,
+    floor_share: float,
+    held: dict[str, str],
+    clock: Clock,
 ) -> Report:
     """The report from what the steps returned."""
     request, chosen = job.request, outcome.attempt
@@ -230,7 +243,11 @@ def compose(
 
 def size(path: Path) -> int:
     """Bytes of an artefact with its weights file."""
-    return sum(p.stat().st_size for p in {path, path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")} if p.exists())
+    return sum(
+        p.stat().st_size
+        for p in {path, path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")}
+        if p.exists()
+    )
 
 
 def describe_repair(repaired: object, request: RunRequest) -> str:
@@ -312,7 +329,11 @@ def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
 
 
 def environment(device: Device) -> dict[str, str]:
-    facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}", "device": device.fingerprint.device}
+    facts = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "device": device.fingerprint.device,
+    }
     return facts | versions() | {"threads": str(device.profile.threads), "fingerprint": device.fingerprint.id}
 
 
@@ -326,15 +347,34 @@ def versions() -> dict[str, str]:
 
 def command_of(request: RunRequest) -> str:
     """The command line that repeats the run."""
-    words = ["edgekit", "run", request.model, "--data", request.data, "-p", request.profile, "--budget", request.budget.text, "-o", request.out]
+    words = [
+        "edgekit",
+        "run",
+        request.model,
+        "--data",
+        request.data,
+        "-p",
+        request.profile,
+        "--budget",
+        request.budget.text,
+        "-o",
+        request.out,
+    ]
     for flag, value in (("--weights", request.weights), ("--eval-data", request.eval_data), ("--classes", request.classes)):
         words += [flag, value] if value else []
     if request.preprocess is not None:
         p = request.preprocess
-        words += ["--input", "x".join(map(str, p.input)), "--mean", ",".join(map(str, p.mean)), "--std", ",".join(map(str, p.std))]
+        words += [
+            "--input",
+            "x".join(map(str, p.input)),
+            "--mean",
+            ",".join(map(str, p.mean)),
+            "--std",
+            ",".join(map(str, p.std)),
+        ]
         words += ["--resize", str(p.resize)] if p.resize else []
         words += ["--crop", str(p.crop)] if p.crop else []
-    for flag, value, default in (
+    for flag, chosen, default in (
         ("--statistic", request.statistic, "median"),
         ("--method", request.method, "causal"),
         ("--samples", request.samples, 512),
@@ -343,7 +383,7 @@ def command_of(request: RunRequest) -> str:
         ("--min-width", request.min_width, 1),
         ("--rounds", request.rounds, 0),
     ):
-        words += [flag, str(value)] if value != default else []
+        words += [flag, str(chosen)] if chosen != default else []
     words += [] if request.repair else ["--no-repair"]
     words += [word for pattern in request.keep for word in ("--keep", pattern)]
     return shlex.join(words)

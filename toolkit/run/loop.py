@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from toolkit import bench
 from toolkit.errors import BudgetError
@@ -18,14 +21,17 @@ from toolkit.schema import Artefact, Comparison, Iteration, RunRequest
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
-EFFECT_PASSES = 12.0
+EFFECT_PASSES = 20.0
 
 Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same throughout a run. `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one."""
+    """What stays the same throughout a run.
+
+    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one.
+    """
 
     request: RunRequest
     device: Device
@@ -112,8 +118,9 @@ def check_floor(job: Job) -> float:
     smallest = measured.ratio_ci95[1] * 1.04
     named = f"{dense_ns * smallest / 1e6:.3g}ms" if job.exact_ns else f"{-(-smallest * 1000 // 1) / 1000:.3f}x"
     raise BudgetError(
-        f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest the network still takes"
-        f" {measured.pruned.latency_ns / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms ({measured.ratio:.3f}x, measured);"
+        f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest"
+        f" the network still takes {measured.pruned.latency_ns / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms"
+        f" ({measured.ratio:.3f}x, measured);"
         f" {job.program.prunable_macs_share():.0%} of its multiply-accumulates are prunable.",
         f"The smallest budget that works is --budget {named}.",
         floor_ns=measured.pruned.latency_ns,
@@ -139,9 +146,8 @@ def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
     )
 
 
-def parity_samples(images: Images) -> dict[str, object]:
-    import numpy as np
-
+def parity_samples(images: Images) -> dict[str, np.ndarray[Any, Any]]:
+    """One input of each kind that exported files are compared on."""
     real = images.calibration[:1]
     return {"real": real, "random": np.random.default_rng(0).standard_normal(real.shape, np.float32)}
 
@@ -149,7 +155,12 @@ def parity_samples(images: Images) -> dict[str, object]:
 def compare(job: Job, path: Path, fresh: bool = False) -> Comparison:
     """Dense and pruned, interleaved."""
     return bench.compare(
-        job.device.profile, job.dense_path, path, statistic=job.request.statistic, time_limit_s=90.0 if fresh else 45.0, fresh_process=fresh
+        job.device.profile,
+        job.dense_path,
+        path,
+        statistic=job.request.statistic,
+        time_limit_s=90.0 if fresh else 45.0,
+        fresh_process=fresh,
     )
 
 
@@ -201,7 +212,8 @@ def close(job: Job) -> Outcome:
     for r in range(rounds):
         scores = score(
             job.program, state, job.images.calibration, options(job, state), job.request.method,
-            repair=job.request.repair, round_=r, seed=job.request.seed, effect_passes=EFFECT_PASSES if r == 0 else 0.0, progress=job.progress,
+            repair=job.request.repair, round_=r, seed=job.request.seed,
+            effect_passes=EFFECT_PASSES if r == 0 else 0.0, progress=job.progress,
         )  # fmt: skip
         history.append(scores)
         last = r == rounds - 1

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 import calibration
+from calibration import Dataset, Transform
 from toolkit import backends, profiles
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
@@ -60,10 +61,10 @@ class Images:
     """Calibration inputs [M, C, H, W], and the data set and indices that accuracy is counted on."""
 
     calibration: np.ndarray[Any, Any]
-    evaluation: calibration.Dataset
+    evaluation: Dataset
     evaluation_path: str
     indices: np.ndarray[Any, Any]
-    transform: calibration.Transform
+    transform: Transform
 
     @property
     def labels(self) -> np.ndarray[Any, Any] | None:
@@ -71,8 +72,8 @@ class Images:
         return None if labels is None else np.asarray(labels)[self.indices]
 
 
-def transform_of(preprocess: Preprocess) -> calibration.Transform:
-    return calibration.Transform(**msgspec.structs.asdict(preprocess))
+def transform_of(preprocess: Preprocess) -> Transform:
+    return Transform(**msgspec.structs.asdict(preprocess))
 
 
 def load_images(request: RunRequest, preprocess: Preprocess, classes: int) -> Images:
@@ -98,7 +99,8 @@ def load_images(request: RunRequest, preprocess: Preprocess, classes: int) -> Im
         chosen = calibration.select(dataset, request.samples, request.seed, exclude)
         if not len(chosen) or not len(indices):
             raise calibration.DataProblem(
-                f"{request.data} has {len(dataset)} images, too few to calibrate and evaluate on.", "Give at least 8 images, better 512."
+                f"{request.data} has {len(dataset)} images, too few to calibrate and evaluate on.",
+                "Give at least 8 images, better 512.",
             )
         inputs = calibration.augment(calibration.load_batch(dataset, chosen, transform), request.seed)
         return Images(inputs, evaluation, str(Path(path).resolve()), indices, transform)
@@ -128,20 +130,25 @@ def load_and_trace(model: str, weights: str, preprocess: Preprocess | None, seed
     return Traced(loaded, chosen, trace(loaded.module, example_input((1, *chosen.input[1:]))))
 
 
-def allocatable(program: Program, keep: Sequence[str] = (), min_width: int = 1) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def allocatable(
+    program: Program, keep: Sequence[str] = (), min_width: int = 1
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(candidate widths by group, reason of every group left whole)."""
     held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
     held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
     unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
     if unmatched:
         raise UsageError(
-            f"--keep {unmatched[0]} matches no channel group.", f"The groups are {', '.join(g.name for g in program.groups[:12])} ..."
+            f"--keep {unmatched[0]} matches no channel group.",
+            f"The groups are {', '.join(g.name for g in program.groups[:12])} ...",
         )
     widths = {g.name: candidate_widths(g.width, g.floor, min_width) for g in program.groups if g.name not in held}
     return {name: found for name, found in widths.items() if len(found) > 1}, held
 
 
-def latency_model(device: Device, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress) -> LatencyModel:
+def latency_model(
+    device: Device, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress
+) -> LatencyModel:
     """Measure, or load from the cache, the latency model of this program on this device."""
     progress("width variants", 0, 1)
     free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
@@ -178,7 +185,9 @@ def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:
     return DimForm(const=const, terms=tuple(t for t in form.terms if t[0] not in fixed))
 
 
-def dropped_networks(program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int) -> list[tuple[dict[str, int], Path]]:
+def dropped_networks(
+    program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int
+) -> list[tuple[dict[str, int], Path]]:
     """Real exports with random branches dropped, which variants cannot be: they anchor what dropping saves."""
     droppable = [name for name, widths in candidates.items() if 0 in widths]
     rng = random.Random(seed)

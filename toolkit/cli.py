@@ -1,0 +1,488 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr; only this module prints or exits.
+
+Nothing heavy is imported before a command needs it, so that `edgekit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from toolkit.errors import EdgekitError, MissingError, UsageError
+
+if TYPE_CHECKING:
+    from toolkit.schema import Preprocess, Report
+
+Progress = Callable[[str, float, float], None]
+METHODS = ("causal", "taylor", "l1", "l2", "random")
+INTERRUPTED, UNEXPECTED = 130, 70
+
+
+# --- progress -----------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """One line on stderr as a step ends: what a log wants."""
+
+    def __init__(self) -> None:
+        self.step, self.started = "", 0.0
+
+    def __call__(self, step: str, done: float, total: float) -> None:
+        if step != self.step:
+            self.close()
+            self.step, self.started = step, time.monotonic()
+
+    def close(self) -> None:
+        if self.step:
+            click.echo(f"{self.step}  {time.monotonic() - self.started:.1f} s", err=True)
+        self.step = ""
+
+
+class Live:
+    """A bar with the time left for the step that runs, a line for each one done."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bars = Progress(*columns, console=Console(stderr=True))
+        self.bars.start()
+        self.tasks: dict[str, Any] = {}
+
+    def __call__(self, step: str, done: float, total: float) -> None:
+        if step not in self.tasks:
+            for other in self.tasks.values():
+                self.bars.stop_task(other)
+            self.tasks[step] = self.bars.add_task(step, total=total or None)
+        self.bars.update(self.tasks[step], completed=done, total=total or None)
+
+    def close(self) -> None:
+        self.bars.stop()
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """What long calls report to: a live display on a terminal, plain lines elsewhere."""
+    shown = Live() if sys.stderr.isatty() else Plain()
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------
+
+
+def fail(error: EdgekitError) -> NoReturn:
+    """The error as a paragraph with its hint, and its exit code."""
+    import textwrap
+
+    text = f"Error: {error.message}" + (f" {error.hint}" if error.hint else "")
+    click.echo(textwrap.fill(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False), err=True)
+    raise SystemExit(error.exit_code)
+
+
+class Command(click.Command):
+    """A command whose help starts with its example, and whose errors are paragraphs."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_help(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"  {self.example}\n\n")
+        super().format_help(context, formatter)
+
+    def invoke(self, context: click.Context) -> Any:
+        if os.environ.get("EDGEKIT_DEBUG"):
+            return super().invoke(context)
+        try:
+            return super().invoke(context)
+        except EdgekitError as error:
+            fail(error)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+            raise
+        except ImportError as error:
+            fail(MissingError(f"{error}.", 'Run: python -m pip install "edgekit[all]"'))
+        except Exception as error:
+            click.echo(
+                f"Unexpected {type(error).__name__}: {error}\nRun it again with EDGEKIT_DEBUG=1 and report the trace.", err=True
+            )
+            raise SystemExit(UNEXPECTED) from None
+
+
+class Group(click.Group):
+    """The verbs in the order they are used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_help(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write("  edgekit run resnet18 --weights w.safetensors --data images/ --budget 8ms -o out/\n\n")
+        super().format_help(context, formatter)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="edgekit")
+def cli() -> None:
+    """Make a trained vision model fit a device: give the milliseconds, get a smaller model that was measured to meet them."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        cli(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Measured tables are kept: run the same command again to go on.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+# --- options ---------------------------------------------------------------------------------------------------------------
+
+
+def numbers(kind: type, separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """A callback that splits an option's text into numbers."""
+
+    def parse(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        try:
+            return tuple(kind(part) for part in value.lower().split(separator))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of numbers separated by {separator!r}.") from None
+
+    return parse
+
+
+def options(*chosen: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(chosen):
+            function = option(function)
+        return function
+
+    return apply
+
+
+profile_option = click.option(
+    "-p", "--profile", default="local-onnxruntime", show_default=True, help="Hardware profile: an id or a folder."
+)
+threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the runtime.")
+precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+seed_option = click.option("--seed", default=0, show_default=True)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
+statistic_option = click.option("--statistic", type=click.Choice(["median", "p90", "p99"]), default="median", show_default=True)
+out_option = click.option("-o", "--out", default="edgekit-out", show_default=True, help="Folder for the results.")
+weights_option = click.option("--weights", default="", help="State dict: .safetensors, or .pt read without running code.")
+budget_option = click.option("--budget", required=True, help="8ms, 350us, or 0.5x of the dense model's latency.")
+input_options = options(
+    click.option("--input", "input_", callback=numbers(int, "x"), metavar="1xCxHxW", help="Input shape, e.g. 1x3x224x224."),
+    click.option("--resize", type=int, help="Short side before the crop."),
+    click.option("--crop", type=int, help="Side of the centre crop."),
+    click.option("--mean", callback=numbers(float, ","), help="Per channel, of pixels scaled to 0..1."),
+    click.option("--std", callback=numbers(float, ","), help="Per channel."),
+)
+
+
+def preprocess_of(options: dict[str, Any]) -> Preprocess | None:
+    """The preprocessing that was asked for, None where nothing of it was."""
+    from toolkit.schema import Preprocess
+
+    given = {name: options.pop(key) for name, key in (("input", "input_"), *((n, n) for n in ("resize", "crop", "mean", "std")))}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    shape = given.get("input", Preprocess().input)
+    if len(shape) != 4 or min(shape) < 1:
+        raise UsageError(
+            f"--input {'x'.join(map(str, shape))} is not four positive sizes.",
+            "Give batch x channels x height x width: 1x3x224x224.",
+        )
+    for name in ("mean", "std"):
+        values = given.get(name, getattr(Preprocess(), name)[: shape[1]] if shape[1] <= 3 else ())
+        given[name] = values * shape[1] if len(values) == 1 else values
+        if len(given[name]) != shape[1]:
+            raise UsageError(
+                f"--{name} has {len(given[name])} values, the input {shape[1]} channels.",
+                f"Give {shape[1]} values separated by commas.",
+            )
+    if min(given["std"]) <= 0:
+        raise UsageError("--std has a value that is not positive.", "Give the standard deviation of each channel.")
+    return Preprocess(**given)
+
+
+def finish(report: Report, as_json: bool) -> NoReturn:
+    """Print a report, its verdict last, and exit with what it says."""
+    from rich.console import Console
+
+    from toolkit import report as reports
+    from toolkit.schema import to_json
+
+    if as_json:
+        click.echo(to_json(report), nl=False)
+        click.echo(reports.verdict_line(report), err=True)
+    else:
+        Console(soft_wrap=False).print(reports.summary_text(report))
+        click.echo(reports.verdict_line(report))
+    raise SystemExit(0 if report.verdict == "met" and report.valid else 1)
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(
+    cls=Command, example="edgekit run net.py:model --weights w.safetensors --data images/ --input 1x3x32x32 --budget 0.6x"
+)
+@click.argument("model")
+@click.option("--data", required=True, help="Images: folder of class folders, folder with labels.csv, or .npz.")
+@click.option("--eval-data", default="", help="Images for accuracy; default: a held-back part of --data.")
+@click.option("--classes", default="", help="File with one class name a line, in the model's order.")
+@weights_option
+@budget_option
+@profile_option
+@out_option
+@input_options
+@statistic_option
+@click.option("--method", type=click.Choice(METHODS), default="causal", show_default=True, help="causal, or a baseline order.")
+@click.option("--no-repair", is_flag=True, help="Leave the remaining weights as they are.")
+@click.option("--samples", type=click.IntRange(8), default=512, show_default=True, help="Calibration images.")
+@click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Rounds of scoring and cutting; 0: by the budget.")
+@click.option("--keep", multiple=True, metavar="GLOB", help="Channel groups to leave whole; may be repeated.")
+@click.option("--min-width", type=click.IntRange(1), default=1, show_default=True, help="Fewest channels of a group.")
+@threads_option
+@precision_option
+@seed_option
+@click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
+@json_option
+def run(model: str, budget: str, no_repair: bool, as_json: bool, where: str, **given: Any) -> None:
+    """Prune MODEL to a latency budget, export, measure and report.
+
+    MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
+    """
+    from toolkit.budget import parse_budget
+    from toolkit.schema import RunRequest
+
+    if where and where != "local":
+        raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
+    preprocess = preprocess_of(given)
+    request = RunRequest(model=model, budget=parse_budget(budget), repair=not no_repair, preprocess=preprocess, **given)
+    from toolkit import run as job
+
+    with progress() as shown:
+        report = job.run(request, shown)
+    finish(report, as_json)
+
+
+@cli.command(cls=Command, example="edgekit demo --budget 0.5x -o demo-out")
+@click.option("--budget", default="0.5x", show_default=True)
+@profile_option
+@click.option("-o", "--out", default="demo-out", show_default=True, help="Folder for the results.")
+@seed_option
+@json_option
+def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
+    """The whole job on the small network and the handwritten digits inside the package."""
+    from toolkit import run as job
+    from toolkit.budget import parse_budget
+
+    request = job.demo_request(out, parse_budget(budget), profile, seed)
+    with progress() as shown:
+        report = job.run(request, shown)
+    finish(report, as_json)
+
+
+@cli.command(cls=Command, example="edgekit measure resnet18 -p local-onnxruntime")
+@click.argument("model")
+@weights_option
+@profile_option
+@input_options
+@threads_option
+@precision_option
+@seed_option
+@json_option
+def measure(model: str, profile: str, weights: str, threads: int, precision: str, seed: int, as_json: bool, **given: Any) -> None:
+    """Measure the latency table that MODEL needs; `run` does it by itself when it is missing."""
+    preprocess = preprocess_of(given)
+    from toolkit import run as job
+    from toolkit.schema import to_json
+
+    with progress() as shown:
+        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(to_json(table), nl=False)
+    else:
+        held = table.held_out
+        click.echo(
+            f"table {table.id}: {table.rows} rows, coverage {table.coverage:.1%}, error {held.mape:.1%} (bias {held.bias:+.1%})"
+            f" on {held.networks} networks it was not fitted to"
+        )
+
+
+@cli.command(cls=Command, example="edgekit bench out/dense.onnx out/model.onnx")
+@click.argument("artefacts", nargs=-1, required=True)
+@profile_option
+@threads_option
+@statistic_option
+@json_option
+def bench(artefacts: tuple[str, ...], profile: str, threads: int, statistic: str, as_json: bool) -> None:
+    """Time one model file, or two interleaved (their ratio with a confidence interval)."""
+    from toolkit import run as job
+    from toolkit.budget import format_time
+    from toolkit.schema import Comparison, to_json
+
+    with progress() as shown:
+        found = job.bench(artefacts, profile, threads, statistic, shown)
+    both = [found.dense, found.pruned] if isinstance(found, Comparison) else [found]
+    if as_json:
+        click.echo(to_json(found), nl=False)
+    else:
+        for each in both:
+            click.echo(
+                f"{each.artefact}: {format_time(each.latency_ns)} {each.statistic},"
+                f" {each.samples} samples, {each.executed_precision}"
+            )
+        if isinstance(found, Comparison):
+            low, high = found.ratio_ci95
+            click.echo(f"second / first: {found.ratio:.3f} ({low:.3f} to {high:.3f})")
+        for reason in dict.fromkeys(reason for each in both for reason in each.invalid_reasons):
+            click.echo(f"not valid: {reason}")
+    raise SystemExit(0 if all(each.valid for each in both) else 1)
+
+
+@cli.command(cls=Command, example="edgekit export resnet18 --weights w.safetensors -p local-openvino -o out")
+@click.argument("model")
+@weights_option
+@profile_option
+@out_option
+@input_options
+@precision_option
+@json_option
+def export(model: str, weights: str, profile: str, out: str, precision: str, as_json: bool, **given: Any) -> None:
+    """Export MODEL unpruned, in the profile's format and as ONNX, checked against PyTorch."""
+    preprocess = preprocess_of(given)
+    import msgspec
+
+    from toolkit import run as job
+
+    with progress() as shown:
+        artefacts = job.export(model, weights, preprocess, profile, out, precision, shown)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(msgspec.json.encode(artefacts).decode())
+        return
+    for each in artefacts:
+        worst = max(p.max_relative_error for p in each.parity)
+        click.echo(
+            f"{Path(out) / each.path}: {each.size_bytes / 1e6:.2f} MB, runs in {each.executed_precision}, differs by {worst:.1e}"
+        )
+
+
+@cli.command(cls=Command, example="edgekit report out/")
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def report(folder: Path, as_json: bool) -> None:
+    """Show a finished run again and render its report.html anew."""
+    from toolkit import report as reports
+    from toolkit.schema import Comparison, Report, load_json, write_text
+
+    found = load_json(Report, folder / "report.json")
+    comparison = load_json(Comparison, folder / "measurements" / "comparison.json")
+    write_text(folder / "report.html", reports.html(found, comparison))
+    finish(found, as_json)
+
+
+@cli.command(cls=Command, example="edgekit profiles local-openvino")
+@click.argument("profile", required=False)
+@json_option
+def profiles(profile: str | None, as_json: bool) -> None:
+    """List the hardware profiles, or show one."""
+    import msgspec
+
+    from toolkit import profiles as known
+
+    found = [known.load(profile)] if profile else list(known.list_profiles())
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+        return
+    for each in found:
+        click.echo(f"{each.id:<20} {each.device:<8} {each.runtime:<12} {each.format:<9} {each.description}")
+
+
+@cli.command(cls=Command, example="edgekit doctor")
+@json_option
+def doctor(as_json: bool) -> None:
+    """What is installed, which profiles can run here, and what to do about the rest."""
+    import json
+
+    facts = examine()
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for title, entries in facts.items():
+        click.echo(f"{title}:")
+        for name, value in entries.items():
+            click.echo(f"  {name:<20} {value}")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Versions, machine, profiles and caches, without importing a framework."""
+    import platform
+    from importlib import metadata, util
+
+    from toolkit import profiles as known
+    from toolkit.devices import local
+
+    versions = {}
+    for name in (
+        "edgekit",
+        "torch",
+        "torchvision",
+        "onnx",
+        "onnxruntime",
+        "onnxsim",
+        "openvino",
+        "tensorrt",
+        "tensorrt_rtx",
+        "nncf",
+    ):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            extra = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "nncf": "nncf"}.get(name, "all")
+            versions[name] = f'not installed; python -m pip install "edgekit[{extra}]"'
+    usable = {
+        p.id: "ready" if util.find_spec(p.runtime) else f'runtime missing; python -m pip install "edgekit[{p.runtime}]"'
+        for p in known.list_profiles()
+    }
+    cache = known.cache_dir()
+    tables = sorted(path.parent.name for path in cache.rglob("header.json")) if cache.exists() else []
+    facts = local.facts()
+    machine = {
+        "python": platform.python_version(),
+        "cpu": facts.cpu,
+        "cores": str(facts.cores),
+        "instruction sets": facts.instruction_set,
+    }
+    return {
+        "packages": versions,
+        "machine": machine,
+        "profiles": usable,
+        "cache": {"folder": str(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
+    }
