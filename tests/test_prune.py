@@ -281,7 +281,8 @@ def test_a_response_at_full_width_is_zero_and_repair_lowers_the_others() -> None
     program = traced(patterns.Residual)
     cached = cache(Engine.of(program), images(64))
     sensitivity = causes.sensitivities(program, cached.engine, cached.images)
-    arguments = (cached, cached.outputs, "a1", [0, 2, 4, 6], {"least squares": None}, sensitivity)
+    fit = cache(Engine.of(program), images(96, seed=1))
+    arguments = (cached, fit, cached.outputs, "a1", [0, 2, 4, 6], {"least squares": None}, sensitivity)
     raw = group_responses(*arguments, repair=False, round_=0)
     repaired = group_responses(*arguments, repair=True, round_=0)
     assert [r.width for r in repaired.responses] == [0, 2, 4, 6]
@@ -296,7 +297,9 @@ def test_a_dropped_branch_has_the_response_of_its_cut() -> None:
     x = images(32)
     cached = cache(Engine.of(program), x)
     sensitivity = causes.sensitivities(program, cached.engine, x)
-    found = group_responses(cached, cached.outputs, "a1", [0, 6], {"causal": list(range(6))}, sensitivity, repair=False, round_=0)
+    found = group_responses(
+        cached, cached, cached.outputs, "a1", [0, 6], {"causal": list(range(6))}, sensitivity, repair=False, round_=0
+    )
     with torch.no_grad():
         gone = apply(program, {"a1": []}).module(x)
     assert found.responses[0].distortion == pytest.approx(distortion(gone, cached.outputs), rel=1e-4)

@@ -172,7 +172,7 @@ def chunked(program: Program, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(images[i : i + size] for i in range(0, len(images), size))
 
 
-def cache(engine: Engine, images: torch.Tensor, memory_bytes: float = 1.5e9) -> Cached:
+def cache(engine: Engine, images: torch.Tensor, memory_bytes: float = 1e9) -> Cached:
     """Run all images once and keep activations at cut points, the cheapest to keep first, within the memory limit."""
     shapes = engine.program.shapes
     candidates = [i for i in engine.layout.cuts if i > 0 and len(shapes[engine.steps[i].name]) > 1]

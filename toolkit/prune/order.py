@@ -17,7 +17,7 @@ import torch
 
 from toolkit.graph.labels import Entries
 
-RIDGE = 3e-3  # of the mean diagonal of G
+RIDGE = 3e-3  # of the mean diagonal of G, with many more rows than columns
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Linear:
         gram: [D, D] float64, of inputs centred where the consumer's output can be shifted.
         columns: [width, k] columns a channel.
         importance: [O], how much the network's output moves with each output channel.
+        ridge: l as a share of the mean diagonal of G.
     """
 
     weight: torch.Tensor
     gram: torch.Tensor
     columns: Entries
     importance: torch.Tensor
+    ridge: float = RIDGE
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Elimination:
 
     order: tuple[int, ...]
     weights: dict[int, tuple[torch.Tensor, ...]]
+
+
+def ridge_for(columns: int, rows: int) -> float:
+    """A ridge that grows as rows get scarce: with fewer rows than columns the old weights are the better guess."""
+    return RIDGE * (1 + 10 * columns / max(rows, 1))
 
 
 def damped(gram: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
@@ -60,7 +67,7 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
     total = len(consumers[0].columns)
     smallest = min((w for w in widths if w > 0), default=total)
     state = [
-        [torch.linalg.inv(damped(c.gram)), c.weight.clone(), torch.as_tensor(c.columns), c.importance.sqrt()[:, None]]
+        [torch.linalg.inv(damped(c.gram, c.ridge)), c.weight.clone(), torch.as_tensor(c.columns), c.importance.sqrt()[:, None]]
         for c in consumers
     ]
     alive = np.arange(total)

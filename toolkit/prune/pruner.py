@@ -22,7 +22,10 @@ from toolkit.prune.responses import GroupResponses, causal_order, group_response
 from toolkit.schema import Effect
 
 RESPONSE_MACS = 2.5e12  # multiply-accumulates that one round of responses may cost; sets how many images it uses
-RESPONSE_IMAGES = (24, 256)
+RESPONSE_IMAGES = (24, 192)
+FIT_MACS = 1e12  # likewise for the images that responses are solved on
+FIT_IMAGES = (64, 384)
+CACHE_BYTES = 2e9  # activations that scoring may hold
 REPAIR_BYTES = 3e9  # activations that the repair may hold
 
 Progress = Callable[[str, float, float], None]
@@ -76,6 +79,11 @@ def response_images(program: Program, candidates: Mapping[str, Sequence[int]], a
     return min(available, max(RESPONSE_IMAGES[0], min(RESPONSE_IMAGES[1], affordable)))
 
 
+def fit_images(program: Program, available: int) -> int:
+    """How many further images the consumers' weights are solved on."""
+    return min(available, max(FIT_IMAGES[0], min(FIT_IMAGES[1], int(FIT_MACS / max(1, program.macs())))))
+
+
 def score(
     dense: Program,
     state: State,
@@ -98,11 +106,13 @@ def score(
     program = state.program
     names = [g.name for g in program.prunable if g.name in candidates]
     asked = {n: [w for w in candidates[n] if w <= program.group(n).width] for n in names}
-    count = response_images(program, asked, len(images))
+    count = response_images(program, asked, max(1, len(images) // 3))
+    others = fit_images(program, len(images) - count)
     sample = torch.from_numpy(images[:count])
     engine = Engine.of(program)
     progress("activations", 0, 1)
-    cached = cache(engine, sample)
+    cached = cache(engine, sample, CACHE_BYTES / 2)
+    fit = cache(engine, torch.from_numpy(images[count : count + others]), CACHE_BYTES / 2) if others else cached
     reference = outputs(Engine.of(dense), sample)
     sensitivity = sensitivities(program, engine, sample, seed)
     progress("activations", 1, 1)
@@ -111,7 +121,9 @@ def score(
     for i, name in enumerate(names):
         progress(f"responses, round {round_ + 1}", i, len(names))
         orders = removal_orders(program, engine, sensitivity, effects, name, method, repair, seed)
-        found[name] = group_responses(cached, reference, name, asked[name], orders, sensitivity, repair=repair, round_=round_)
+        found[name] = group_responses(
+            cached, fit, reference, name, asked[name], orders, sensitivity, repair=repair, round_=round_
+        )
     progress(f"responses, round {round_ + 1}", len(names), len(names))
     return Scores(found, effects, count)
 

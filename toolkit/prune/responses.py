@@ -17,7 +17,7 @@ from toolkit.graph.program import operand
 from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
-from toolkit.prune.order import Elimination, Linear, eliminate
+from toolkit.prune.order import Elimination, Linear, eliminate, ridge_for
 from toolkit.schema import Effect, Response
 
 LARGEST_GRAM = 6000  # columns; wider consumers (a classifier behind a flatten) are cut without repair here
@@ -28,10 +28,11 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class Gram:
-    """Second moments of a consumer's inputs: `mean` [D], `matrix` [D, D] centred where the consumer can absorb a shift."""
+    """Second moments of a consumer's inputs over `rows`: `mean` [D], `matrix` [D, D] centred where it can absorb a shift."""
 
     mean: torch.Tensor
     matrix: torch.Tensor
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def gram(cached: Cached, c: Consumer, seed: int = 0) -> Gram:
             square += (sample.T @ sample).double()
             count += len(sample)
     mean = total / count if can_shift(c) else torch.zeros_like(total)
-    return Gram(mean, square / count - torch.outer(mean, mean))
+    return Gram(mean, square / count - torch.outer(mean, mean), count)
 
 
 def overrides(c: Consumer, params: Mapping[str, torch.Tensor], moments: Gram, weight: torch.Tensor) -> Values:
@@ -100,12 +101,14 @@ def linears(cached: Cached, sensitivity: Sensitivity, group: str) -> list[tuple[
         moments = gram(cached, c)
         weight = matrix(cached.engine.params[c.weight])
         importance = sensitivity.importance.get(name, torch.ones(len(weight), dtype=torch.float64))
-        found.append((c, moments, Linear(weight, moments.matrix, group_columns(program, c, group), importance)))
+        ridge = ridge_for(c.columns, moments.rows)
+        found.append((c, moments, Linear(weight, moments.matrix, group_columns(program, c, group), importance, ridge)))
     return found
 
 
 def group_responses(
     cached: Cached,
+    fit: Cached,
     reference: torch.Tensor,
     group: str,
     widths: Sequence[int],
@@ -118,14 +121,16 @@ def group_responses(
     """Responses of one group at each of `widths`, in the best of several orders.
 
     Args:
-        reference: outputs [M, K] of the original dense network on the cached images.
+        cached: images that responses are measured on; `fit` other images, that weights are solved on: measured on
+            the images it was solved on, a wide consumer of few rows would seem to lose nothing.
+        reference: outputs [M, K] of the original dense network on the images of `cached`.
         orders: candidate orders by name; None stands for greedy least-squares elimination. They are compared by intervention
             at the middle width.
     """
     program, params = cached.engine.program, cached.engine.params
     width = program.group(group).width
     first = first_consumer(program, cached.engine, group)
-    maps = linears(cached, sensitivity, group) if repair or None in orders.values() else None
+    maps = linears(fit, sensitivity, group) if repair or None in orders.values() else None
     positive = [w for w in widths if 0 < w < width]
     middle = positive[len(positive) // 2] if positive else 0
 

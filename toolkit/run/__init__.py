@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import shlex
@@ -122,6 +123,8 @@ def run(request: RunRequest, progress: Progress) -> Report:
     with clock.step("table"):
         model = latency_model(device, traced.program, candidates, request.seed, measured.latency_ns, progress)
     job = loop.Job(request, device, traced.program, images, candidates, model, dense_path, out, budget, exact_ns, progress)
+    if exact_ns:
+        job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
         with clock.step("floor"):
             floor_share = loop.check_floor(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit import bench
+from toolkit import bench, profiles
 from toolkit.errors import BudgetError
 from toolkit.export import export_artefacts
 from toolkit.graph import Program
@@ -17,7 +19,7 @@ from toolkit.latency import LatencyModel
 from toolkit.prune.allocate import Allocation, allocate, floor
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, score
 from toolkit.run.prepare import Device, Images
-from toolkit.schema import Artefact, Comparison, Iteration, RunRequest
+from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, load_json, save_json
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
@@ -56,13 +58,32 @@ class Job:
     def pruned_path(self, folder: Path) -> Path:
         return folder / f"model{self.device.artefact_suffix}"
 
+    @property
+    def plans(self) -> Path:
+        """Where what was measured of plans is kept, beside the table that led to them."""
+        return profiles.table_dir(self.device.fingerprint) / "plans" / self.model.table_id
+
     def upper(self, measured: Comparison) -> float:
-        """Upper end of the interval of measured / budget."""
-        return measured.pruned_ci95_ns[1] / self.exact_ns if self.exact_ns else measured.ratio_ci95[1] / self.budget
+        """Upper end of the interval of measured / budget, by the ratio to dense: it survives the machine's drift."""
+        return measured.ratio_ci95[1] / self.budget
 
     def share(self, measured: Comparison) -> float:
-        """Measured / budget."""
-        return measured.pruned.latency_ns / self.exact_ns if self.exact_ns else measured.ratio / self.budget
+        """Measured / budget, likewise."""
+        return measured.ratio / self.budget
+
+    def final_share(self, confirmed: Comparison) -> float:
+        """Measured / budget as the verdict sees it: an absolute budget is held against the nanoseconds of now."""
+        return confirmed.pruned.latency_ns / self.exact_ns if self.exact_ns else self.share(confirmed)
+
+    def final_upper(self, confirmed: Comparison) -> float:
+        """Upper 95 % bound of `final_share`."""
+        return confirmed.pruned_ci95_ns[1] / self.exact_ns if self.exact_ns else self.upper(confirmed)
+
+
+class Known(Record, frozen=True, kw_only=True):
+    """A remembered latency."""
+
+    latency_ns: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ def check_floor(job: Job) -> float:
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     write(job, state, folder)
-    measured = compare(job, job.pruned_path(folder))
+    measured = compare(job, job.pruned_path(folder), lowest.widths)
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
         return measured.ratio
     dense_ns = measured.dense.latency_ns
@@ -152,8 +173,20 @@ def parity_samples(images: Images) -> dict[str, np.ndarray[Any, Any]]:
     return {"real": real, "random": np.random.default_rng(0).standard_normal(real.shape, np.float32)}
 
 
-def compare(job: Job, path: Path, fresh: bool = False) -> Comparison:
-    """Dense and pruned, interleaved."""
+def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
+    """Dense and pruned, interleaved; remembered beside the table, so that the same table leads to the same plan again."""
+    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
+    remembered = job.plans / f"{digest}.json"
+    if remembered.exists():
+        return load_json(Comparison, remembered)
+    measured = time_pair(job, path)
+    if measured.pruned.valid:
+        save_json(remembered, measured)
+    return measured
+
+
+def time_pair(job: Job, path: Path, fresh: bool = False) -> Comparison:
+    """Dense and pruned timed now."""
     return bench.compare(
         job.device.profile,
         job.dense_path,
@@ -198,7 +231,7 @@ def attempt(job: Job, state: State, scores: Scores, share: float, scale: float, 
     )  # fmt: skip
     job.progress("export and measure", 0, 1)
     artefacts = write(job, done.state, folder)
-    measured = compare(job, job.pruned_path(folder))
+    measured = compare(job, job.pruned_path(folder), allocation.widths)
     job.progress("export and measure", 1, 1)
     return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths))
 
@@ -240,17 +273,29 @@ def close(job: Job) -> Outcome:
                 tried[-1] = found = confirm(job, found)
                 if met(job, found):
                     break
-                scale *= confirmation(found).ratio / found.measured.ratio
+                share *= min(0.995, AIM / job.final_share(confirmation(found)))
+                continue
             if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
                 share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
         state = found.cut.state
     return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
 
 
+def steady_ns(job: Job, dense_ns: float) -> float:
+    """The dense latency that budgets are taken against: the one remembered with the table while today's is within 5 % of it."""
+    remembered = job.plans / f"dense-{job.request.statistic}.json"
+    if remembered.exists():
+        known = load_json(Known, remembered).latency_ns
+        if abs(dense_ns / known - 1) < 0.05:
+            return known
+    save_json(remembered, Known(latency_ns=dense_ns))
+    return dense_ns
+
+
 def confirm(job: Job, found: Attempt) -> Attempt:
     """The same files measured once more in a fresh process: the number that is reported."""
     job.progress("confirmation", 0, 1)
-    again = compare(job, job.pruned_path(found.folder), fresh=True)
+    again = time_pair(job, job.pruned_path(found.folder), fresh=True)
     job.progress("confirmation", 1, 1)
     return replace(found, confirmed=again)
 
@@ -262,7 +307,7 @@ def confirmation(found: Attempt) -> Comparison:
 
 def met(job: Job, found: Attempt) -> bool:
     """Whether the confirmation's upper 95 % bound is inside the budget."""
-    return found.confirmed is not None and job.upper(found.confirmed) <= HIGHEST
+    return found.confirmed is not None and job.final_upper(found.confirmed) <= HIGHEST
 
 
 def deliver(job: Job, tried: Sequence[Attempt]) -> Attempt:
