@@ -21,8 +21,9 @@ from calibration.problems import DataProblem
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LAYOUTS = (
-    "Give a folder with one subfolder of images a class, a folder with labels.csv (columns file,label), a folder of images, "
-    "or an .npz with `images` (uint8, N x H x W x C) and optionally `labels` (integers)."
+    "Run it again with --data (or --eval-data) as a folder with one subfolder of images a class, a folder with labels.csv "
+    "(columns file,label), a folder of images, or an .npz with `images` (uint8, N x H x W x C) and optionally `labels` "
+    "(integers)."
 )
 
 UInt8 = npt.NDArray[np.uint8]
@@ -201,9 +202,12 @@ def _read_image(path: Path) -> UInt8:
             mode = image.mode
     except Exception as error:  # decoders raise whatever they like on damaged files
         raise DataProblem(
-            f"{path} cannot be read as an image: {error}.", "Replace or remove the file (and its line in labels.csv)."
+            f"{path} cannot be read as an image: {error}.",
+            "Replace or remove the file (and its line in labels.csv), then run the same command again.",
         ) from error
-    raise DataProblem(f"{path} has more than 8 bits a channel (mode {mode}).", "Convert it to an 8-bit image.")
+    raise DataProblem(
+        f"{path} has more than 8 bits a channel (mode {mode}).", "Convert it to an 8-bit image, then run the same command again."
+    )
 
 
 # --- .npz ----------------------------------------------------------------------------------------------------------------

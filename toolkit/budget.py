@@ -12,7 +12,7 @@ _NANOSECONDS = {"ns": 1.0, "us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e
 _WRITTEN = re.compile(
     r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf))\s*(ns|us|µs|μs|ms|s|x)?", re.IGNORECASE
 )
-_EXAMPLES = "Write a time as 8ms, 350us or 1.5s, or a share of the dense model's latency as 0.5x."
+_EXAMPLES = "Write --budget as a time like 8ms, 350us or 1.5s, or as a share of the dense model's latency like 0.5x."
 
 
 def parse_budget(text: str) -> Budget:
@@ -30,7 +30,7 @@ def parse_budget(text: str) -> Budget:
         raise UsageError(f"The budget {text} is not a positive, finite number.", _EXAMPLES)
     if not unit:
         share = found[1] if value < 1 else "0.8"
-        raise UsageError(f"The budget {text} has no unit.", f"Write {found[1]}ms or {share}x.")
+        raise UsageError(f"The budget {text} has no unit.", f"Run it again with --budget {found[1]}ms or {share}x.")
     if unit != "x":
         return Budget(text=text, latency_ns=value * _NANOSECONDS[unit])
     if value > 1:

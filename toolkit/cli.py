@@ -5,11 +5,12 @@ Nothing heavy is imported before a command needs it, so that `edgekit --help` an
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, float], None]
 METHODS = ("causal", "taylor", "l1", "l2", "random")
 INTERRUPTED, UNEXPECTED = 130, 70
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 # --- progress -----------------------------------------------------------------------------------------------------------
@@ -39,9 +41,10 @@ class Plain:
             self.close()
             self.step, self.started = step, time.monotonic()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.step:
-            click.echo(f"{self.step}  {time.monotonic() - self.started:.1f} s", err=True)
+            outcome = "stopped" if failed else f"{time.monotonic() - self.started:.1f} s"
+            click.echo(f"{self.step}  {outcome}", err=True)
         self.step = ""
 
 
@@ -70,7 +73,7 @@ class Live:
             self.tasks[step] = self.bars.add_task(step, total=total or None)
         self.bars.update(self.tasks[step], completed=done, total=total or None)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.bars.stop()
 
 
@@ -80,8 +83,10 @@ def progress() -> Iterator[Progress]:
     shown = Live() if sys.stderr.isatty() else Plain()
     try:
         yield shown
-    finally:
-        shown.close()
+    except BaseException:
+        shown.close(failed=True)
+        raise
+    shown.close()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------
@@ -114,10 +119,13 @@ class Command(click.Command):
             return super().invoke(context)
         except EdgekitError as error:
             fail(error)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt, BrokenPipeError):
             raise
         except ImportError as error:
             fail(MissingError(f"{error}.", 'Run: python -m pip install "edgekit[all]"'))
+        except OSError as error:  # a path that is no folder, no permission, a full disk
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            fail(UsageError(f"{what}.", "Check the folder, its permissions and the free space there, then run it again."))
         except Exception as error:
             click.echo(
                 f"Unexpected {type(error).__name__}: {error}\nRun it again with EDGEKIT_DEBUG=1 and report the trace.", err=True
@@ -136,25 +144,56 @@ class Group(click.Group):
         super().format_help(context, formatter)
 
 
+def show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    from importlib import metadata
+
+    if value:
+        try:
+            click.echo(f"edgekit {metadata.version('edgekit')}")
+        except metadata.PackageNotFoundError:
+            click.echo("edgekit, run from its sources")
+        context.exit()
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="edgekit")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="Show the version.")
 def cli() -> None:
     """Make a trained vision model fit a device: give the milliseconds, get a smaller model that was measured to meet them."""
 
 
+def settle_process() -> None:
+    """Make torch a good neighbour, before it loads: on a busy machine threads that spin while they wait cost up to 20 times.
+
+    Freed activations are kept for the next operator too, where the C library allows it, instead of being paged in anew.
+    """
+    import ctypes
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def main() -> None:
     """Entry point of the command."""
+    settle_process()
     try:
-        cli(standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        raise SystemExit(2) from None
-    except click.ClickException as error:
+        if not os.environ.get("EDGEKIT_DEBUG"):
+            logging.disable(logging.WARNING)  # what libraries say in passing would bury the progress and the error
+        cli(prog_name="edgekit", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        fail(UsageError(error.format_message(), f"Run: {context.command_path if context else 'edgekit'} --help"))
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted. Measured tables are kept: run the same command again to go on.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+        os._exit(INTERRUPTED)  # an orderly exit would wait for the runtimes' threads, or end by the signal itself
 
 
 # --- options ---------------------------------------------------------------------------------------------------------------
@@ -191,9 +230,23 @@ precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16"
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option("--statistic", type=click.Choice(["median", "p90", "p99"]), default="median", show_default=True)
-out_option = click.option("-o", "--out", default="edgekit-out", show_default=True, help="Folder for the results.")
-weights_option = click.option("--weights", default="", help="State dict: .safetensors, or .pt read without running code.")
-budget_option = click.option("--budget", required=True, help="8ms, 350us, or 0.5x of the dense model's latency.")
+
+
+def out_option(default: str) -> Callable[[Any], Any]:
+    """-o, refused at once where results could not be written in the end."""
+
+    def check(context: click.Context, parameter: click.Parameter, value: str) -> str:
+        there = next(path for path in (Path(value).absolute(), *Path(value).absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "may not be written to" if there.is_dir() else "is a file"
+            raise click.BadParameter(f"{there} {why}; give a folder for the results, such as -o {default}.")
+        return value
+
+    return click.option("-o", "--out", default=default, show_default=True, callback=check, help="Folder for the results.")
+
+
+weights_option = click.option("--weights", default="", help="State dict: .safetensors or .pt; no code is run.")
+budget_option = click.option("--budget", required=True, help="8ms, 350us, or 0.5x of the dense.")
 input_options = options(
     click.option("--input", "input_", callback=numbers(int, "x"), metavar="1xCxHxW", help="Input shape, e.g. 1x3x224x224."),
     click.option("--resize", type=int, help="Short side before the crop."),
@@ -253,20 +306,22 @@ def finish(report: Report, as_json: bool) -> NoReturn:
     cls=Command, example="edgekit run net.py:model --weights w.safetensors --data images/ --input 1x3x32x32 --budget 0.6x"
 )
 @click.argument("model")
-@click.option("--data", required=True, help="Images: folder of class folders, folder with labels.csv, or .npz.")
-@click.option("--eval-data", default="", help="Images for accuracy; default: a held-back part of --data.")
-@click.option("--classes", default="", help="File with one class name a line, in the model's order.")
+@click.option("--data", required=True, help="Folder (a subfolder a class, or labels.csv) or .npz.")
+@click.option("--eval-data", default="", help="For accuracy; default: a part of --data.")
+@click.option("--classes", default="", help="File, one class name a line.")
 @weights_option
 @budget_option
 @profile_option
-@out_option
+@out_option("edgekit-out")
 @input_options
 @statistic_option
-@click.option("--method", type=click.Choice(METHODS), default="causal", show_default=True, help="causal, or a baseline order.")
+@click.option(
+    "--method", type=click.Choice(METHODS), default="causal", show_default=True, metavar="NAME", help=f"{', '.join(METHODS)}."
+)
 @click.option("--no-repair", is_flag=True, help="Leave the remaining weights as they are.")
 @click.option("--samples", type=click.IntRange(8), default=512, show_default=True, help="Calibration images.")
-@click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Rounds of scoring and cutting; 0: by the budget.")
-@click.option("--keep", multiple=True, metavar="GLOB", help="Channel groups to leave whole; may be repeated.")
+@click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring and cutting; 0: as needed.")
+@click.option("--keep", multiple=True, metavar="GLOB", help="Groups to leave whole; repeatable.")
 @click.option("--min-width", type=click.IntRange(1), default=1, show_default=True, help="Fewest channels of a group.")
 @threads_option
 @precision_option
@@ -295,11 +350,11 @@ def run(model: str, budget: str, no_repair: bool, as_json: bool, where: str, **g
 @cli.command(cls=Command, example="edgekit demo --budget 0.5x -o demo-out")
 @click.option("--budget", default="0.5x", show_default=True)
 @profile_option
-@click.option("-o", "--out", default="demo-out", show_default=True, help="Folder for the results.")
+@out_option("demo-out")
 @seed_option
 @json_option
 def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
-    """The whole job on the small network and the handwritten digits inside the package."""
+    """The whole job on the network and images in the package."""
     from toolkit import run as job
     from toolkit.budget import parse_budget
 
@@ -319,7 +374,7 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
 @seed_option
 @json_option
 def measure(model: str, profile: str, weights: str, threads: int, precision: str, seed: int, as_json: bool, **given: Any) -> None:
-    """Measure the latency table that MODEL needs; `run` does it by itself when it is missing."""
+    """Measure the latency table of MODEL, as `run` does when needed."""
     preprocess = preprocess_of(given)
     from toolkit import run as job
     from toolkit.schema import to_json
@@ -343,7 +398,7 @@ def measure(model: str, profile: str, weights: str, threads: int, precision: str
 @statistic_option
 @json_option
 def bench(artefacts: tuple[str, ...], profile: str, threads: int, statistic: str, as_json: bool) -> None:
-    """Time one model file, or two interleaved (their ratio with a confidence interval)."""
+    """Time one model file, or two interleaved, as a ratio."""
     from toolkit import run as job
     from toolkit.budget import format_time
     from toolkit.schema import Comparison, to_json
@@ -371,12 +426,12 @@ def bench(artefacts: tuple[str, ...], profile: str, threads: int, statistic: str
 @click.argument("model")
 @weights_option
 @profile_option
-@out_option
+@out_option("edgekit-out")
 @input_options
 @precision_option
 @json_option
 def export(model: str, weights: str, profile: str, out: str, precision: str, as_json: bool, **given: Any) -> None:
-    """Export MODEL unpruned, in the profile's format and as ONNX, checked against PyTorch."""
+    """Export MODEL as it is, checked against PyTorch."""
     preprocess = preprocess_of(given)
     import msgspec
 
@@ -398,7 +453,7 @@ def export(model: str, weights: str, profile: str, out: str, precision: str, as_
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def report(folder: Path, as_json: bool) -> None:
-    """Show a finished run again and render its report.html anew."""
+    """Show a finished run and write its report.html anew."""
     from toolkit import report as reports
     from toolkit.schema import Comparison, Report, load_json, write_text
 
@@ -428,7 +483,7 @@ def profiles(profile: str | None, as_json: bool) -> None:
 @cli.command(cls=Command, example="edgekit doctor")
 @json_option
 def doctor(as_json: bool) -> None:
-    """What is installed, which profiles can run here, and what to do about the rest."""
+    """What is installed, what can run here, what to do else."""
     import json
 
     facts = examine()

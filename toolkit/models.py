@@ -217,8 +217,8 @@ def _run(code: Callable[[], Any], what: str) -> Any:
         return code()
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{what} failed with {type(error).__name__}: {error}",
-            "Repair it, or install what it imports; edgekit runs it as it is.",
+            f"{what} failed with {type(error).__name__}: {str(error).rstrip('.')}.",
+            "Repair it, or install what it imports, and run the same command again; EDGEKIT_DEBUG=1 before it shows the line.",
         ) from error
 
 

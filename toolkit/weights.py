@@ -31,7 +31,8 @@ def read_weights(path: Path) -> State:
     """
     if not path.is_file():
         raise ModelError(
-            f"The weights file {path} does not exist.", "Give --weights a .safetensors file, or a state dict as .pt or .pth."
+            f"The weights file {path} does not exist.",
+            "Run it again with --weights of a .safetensors file, or of a state dict as .pt or .pth.",
         )
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -86,7 +87,7 @@ def check_finite(module: torch.nn.Module, name: str) -> None:
     if broken:
         raise ModelError(
             f"{name} has NaN or infinite weights in {len(broken)} of its tensors: {_first(broken)}.",
-            "Use a checkpoint from before the training diverged.",
+            "Run it again with --weights of a checkpoint from before the training diverged.",
         )
 
 

@@ -6,6 +6,8 @@ surgery, export) works on that module; the model's own Python is never looked at
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -154,7 +156,7 @@ def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
         except Exception as error:
             raise ModelError(
                 f"torch.export cannot trace this model: {first_line(error)}.",
-                "Branches on tensor values are the usual cause: run torch.export.export(model, (x,)) to see the line.",
+                "Branches on tensor values are the usual cause: run the same command with EDGEKIT_DEBUG=1 to see the line.",
             ) from error
     if batch is None:
         held = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
@@ -165,7 +167,8 @@ def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
 def export(model: torch.nn.Module, example: torch.Tensor, dynamic: bool) -> GraphModule:
     """The unlifted, functional ATen graph of a model."""
     shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
-    with warnings.catch_warnings():
+    # torch prints the graph of a failed attempt on stderr; the error carries what matters of it
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False).run_decompositions({})
         module = program.module()

@@ -16,6 +16,7 @@ from toolkit.latency.table import (
     SampleSet,
     kernel_rows,
     load_samples,
+    load_table,
     measure_networks,
     merge_table,
     sample_widths,
@@ -55,11 +56,14 @@ def measure_model(
     grid = {name: [width for width in candidates.get(name, ()) if width > 0] or [full] for name, full in maker.widths.items()}
     plan = sample_widths(grid, networks, seed)
     before = load_samples(own, fingerprint) if (own / "samples.json").exists() else None
+    header = folder / "header.json"
+    if header.exists():
+        load_table(folder, fingerprint)  # damage is told before the time for a measurement is spent
     samples = measure_networks(
         profile, fingerprint, backend, maker, sites, plan, extra, own, seconds=seconds, seed=seed, progress=progress
     )
     rows = kernel_rows(samples, sites)
-    if before is None:
+    if before is None or not header.exists():
         merge_table(folder, samples, rows)
     model = fit_model(samples, sites)
     return replace(model, coverage=_coverage(samples), table_id=f"{fingerprint.id}-{samples.digest[:8]}", rows=len(rows))

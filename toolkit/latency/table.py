@@ -8,6 +8,7 @@ fitted from; the same file gives the same model.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -229,11 +230,11 @@ def load_samples(folder: Path, fingerprint: Fingerprint) -> SampleSet:
     """
     path = folder / "samples.json"
     try:
-        found = from_json(SampleSet, path.read_bytes(), str(path))
+        found = from_json(SampleSet, path.read_bytes(), "it")
     except (UsageError, OSError) as error:
-        raise TableError(f"The latency table file {path} cannot be read: {error}", _remeasure(folder, fingerprint)) from None
+        raise TableError(f"The latency table file {path} cannot be read: {_reason(error)}.", _repair(fingerprint, path)) from None
     if found.digest != _digest(found):
-        raise TableError(f"The latency table file {path} was changed after it was written.", _remeasure(folder, fingerprint))
+        raise TableError(f"The latency table file {path} was changed after it was written.", _repair(fingerprint, path))
     _same_fingerprint(path, found.fingerprint, fingerprint)
     return found
 
@@ -264,16 +265,17 @@ def load_table(folder: Path, fingerprint: Fingerprint) -> tuple[TableHeader, lis
     rows_path, header_path = folder / "rows.csv", folder / "header.json"
     path = header_path
     try:
-        header = from_json(TableHeader, header_path.read_bytes(), str(header_path))
+        header = from_json(TableHeader, header_path.read_bytes(), "it")
         path = rows_path
         text = rows_path.read_text(encoding="utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != header.rows_sha256:
             message = f"The latency table {rows_path} is not what its header {header_path.name} describes."
-            raise TableError(message, _remeasure(folder, fingerprint))
+            raise TableError(message, _repair(fingerprint, header_path, rows_path))
         _same_fingerprint(rows_path, header.fingerprint, fingerprint)
-        return header, rows_from_csv(TableRow, text, str(rows_path))
+        return header, rows_from_csv(TableRow, text, "it")
     except (UsageError, OSError, UnicodeDecodeError) as error:
-        raise TableError(f"The latency table file {path} cannot be read: {error}", _remeasure(folder, fingerprint)) from None
+        message = f"The latency table file {path} cannot be read: {_reason(error)}."
+        raise TableError(message, _repair(fingerprint, header_path, rows_path)) from None
 
 
 def merge_table(folder: Path, samples: SampleSet, rows: Sequence[TableRow]) -> None:
@@ -336,11 +338,21 @@ def _same_fingerprint(path: Path, found: Fingerprint, wanted: Fingerprint) -> No
         fields: Iterable[str] = (f for f in Fingerprint.__struct_fields__ if getattr(found, f) != getattr(wanted, f))
         differing = ", ".join(f"{field} {getattr(found, field)!r} instead of {getattr(wanted, field)!r}" for field in fields)
         message = f"The latency table {path} belongs to another fingerprint: {differing}."
-        raise TableError(message, f"Measure one for this: edgekit measure MODEL -p local-{wanted.runtime}")
+        raise TableError(message, _repair(wanted, *path.parent.glob("header.json"), path))
 
 
-def _remeasure(folder: Path, fingerprint: Fingerprint) -> str:
-    return f"Remove {folder} and run: edgekit measure MODEL -p local-{fingerprint.runtime}"
+def _repair(fingerprint: Fingerprint, *paths: Path) -> str:
+    """Commands after which the files are made again: from the networks measured so far where those are whole, else anew."""
+    threads = f" --threads {fingerprint.threads}" if fingerprint.threads != 1 else ""
+    return (
+        f"Run: rm -f {shlex.join(map(str, paths))} and then the same command again, or edgekit measure MODEL"
+        f" -p local-{fingerprint.runtime}{threads}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What happened, without the advice of whoever noticed it."""
+    return (error.message if isinstance(error, UsageError) else str(error)).rstrip(".")
 
 
 def _now() -> str:

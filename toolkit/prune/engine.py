@@ -166,9 +166,9 @@ def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def chunked(program: Program, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Images in pieces that the program runs at once; pieces keep the largest activation under about 100 MB."""
+    """Images in pieces that the program runs at once; pieces keep the largest activation under about 40 MB."""
     largest = max(int(torch.Size(s[1:]).numel()) for s in program.shapes.values() if len(s) > 1 and s[0] == len(program.example))
-    size = program.batch or max(1, min(64, int(25e6) // largest))
+    size = program.batch or max(1, min(64, int(1e7) // largest))
     return tuple(images[i : i + size] for i in range(0, len(images), size))
 
 

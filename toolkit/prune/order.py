@@ -96,10 +96,12 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
 
 def scores(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """tr(w_n (H_nn)^-1 w_n^T) for every channel n: [channels]."""
+    if columns.shape[1] == 1:
+        return weight.square().sum(0)[columns[:, 0]] / inverse.diagonal()[columns[:, 0]]
     blocks = inverse[columns[:, :, None], columns[:, None, :]]  # [n, k, k]
     w = weight.T[columns]  # [n, k, O]
-    cost: torch.Tensor = (w * torch.linalg.solve(blocks, w)).sum((1, 2))
-    return cost
+    gram = w @ w.transpose(1, 2)
+    return (torch.linalg.inv(blocks) * gram).sum((1, 2))
 
 
 def remove(entry: list[torch.Tensor], gone: torch.Tensor) -> None:

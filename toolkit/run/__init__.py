@@ -105,12 +105,8 @@ def run(request: RunRequest, progress: Progress) -> Report:
         traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
         candidates, held = allocatable(traced.program, request.keep, request.min_width)
         progress("trace", 1, 1)
-    if not candidates:
-        raise UsageError(
-            "No channel group of this model can be pruned.", "See why: " + "; ".join(f"{n}: {r}" for n, r in held.items())[:400]
-        )
     with clock.step("images"):
-        images = load_images(request, traced.preprocess, traced.classes)
+        images = load_images(request, traced.preprocess, traced.classes, progress)
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)

@@ -16,6 +16,7 @@ import numpy as np
 import calibration
 from calibration import Dataset, Transform
 from toolkit import backends, profiles
+from toolkit.devices import local
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
@@ -27,6 +28,7 @@ from toolkit.schema import DimForm, Fingerprint, Precision, Preprocess, Profile,
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
+MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,15 @@ def open_device(profile_id: str, threads: int, precision: Precision) -> Device:
     """The profile with the request's threads and precision.
 
     Raises:
-        UsageError: unknown profile, or a precision that pruning cannot target yet.
+        UsageError: unknown profile, more threads than cores, or a precision that pruning cannot target yet.
         MissingError: its runtime is not installed.
     """
     profile = msgspec.structs.replace(profiles.load(profile_id), threads=threads, precision=precision)
     if precision != "fp32":
         raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
+    cores = local.facts().cores
+    if profile.device == "local" and threads > cores:
+        raise UsageError(f"--threads {threads} is more than the {cores} cores here.", f"Run it again with --threads {cores}.")
     backend = backends.get(profile.runtime)
     return Device(profile, backend, profiles.fingerprint(profile, backend.version()))
 
@@ -76,8 +81,8 @@ def transform_of(preprocess: Preprocess) -> Transform:
     return Transform(**msgspec.structs.asdict(preprocess))
 
 
-def load_images(request: RunRequest, preprocess: Preprocess, classes: int) -> Images:
-    """Calibration and evaluation images, apart from each other.
+def load_images(request: RunRequest, preprocess: Preprocess, classes: int, progress: Progress) -> Images:
+    """Calibration and evaluation images, apart from each other. Both are read here, so that none fails after hours of work.
 
     Raises:
         DataError: nothing usable there, an unreadable image, labels outside the model's classes.
@@ -97,12 +102,14 @@ def load_images(request: RunRequest, preprocess: Preprocess, classes: int) -> Im
             if each.labels is not None:
                 calibration.check_labels(each, classes)
         chosen = calibration.select(dataset, request.samples, request.seed, exclude)
-        if not len(chosen) or not len(indices):
+        if len(chosen) < MIN_CALIBRATION:
             raise calibration.DataProblem(
                 f"{request.data} has {len(dataset)} images, too few to calibrate and evaluate on.",
-                "Give at least 8 images, better 512.",
+                "Run it again with --data of at least 8 images, better 512.",
             )
         inputs = calibration.augment(calibration.load_batch(dataset, chosen, transform), request.seed)
+        for done, batch in enumerate(calibration.iterate(evaluation, indices, transform, 64)):
+            progress("images", min(64 * done + len(batch), len(indices)), len(indices))
         return Images(inputs, evaluation, str(Path(path).resolve()), indices, transform)
     except calibration.DataProblem as problem:
         raise DataError(problem.message, problem.hint) from problem
@@ -133,17 +140,27 @@ def load_and_trace(model: str, weights: str, preprocess: Preprocess | None, seed
 def allocatable(
     program: Program, keep: Sequence[str] = (), min_width: int = 1
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(candidate widths by group, reason of every group left whole)."""
+    """(candidate widths by group, reason of every group left whole).
+
+    Raises:
+        UsageError: a pattern that matches nothing, or nothing is left to prune.
+    """
     held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
     held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
     unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
     if unmatched:
         raise UsageError(
             f"--keep {unmatched[0]} matches no channel group.",
-            f"The groups are {', '.join(g.name for g in program.groups[:12])} ...",
+            f"Run it again with a pattern of these groups: {', '.join(g.name for g in program.groups)}.",
         )
     widths = {g.name: candidate_widths(g.width, g.floor, min_width) for g in program.groups if g.name not in held}
-    return {name: found for name, found in widths.items() if len(found) > 1}, held
+    free = {name: found for name, found in widths.items() if len(found) > 1}
+    held |= {name: f"no width of {min_width} or more but its own" for name in widths if name not in free}
+    if not free:
+        reasons = "; ".join(f"{', '.join(n for n in held if held[n] == why)}: {why}" for why in dict.fromkeys(held.values()))
+        hint = "Run it again with fewer --keep or a smaller --min-width." if keep or min_width > 1 else "Choose another MODEL."
+        raise UsageError(f"No channel group of this model can be pruned ({reasons}).", hint)
+    return free, held
 
 
 def latency_model(

@@ -1,0 +1,5 @@
+"""Before torch loads: waiting threads sleep, so that tests on a busy machine take as long as on an idle one."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,152 @@
+"""The main job, end to end on the bundled model: verified from outside, floored, repeatable."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit import run as job
+from toolkit.budget import parse_budget
+from toolkit.errors import BudgetError
+from toolkit.run.evaluate import judge
+from toolkit.run.loop import rounds_for
+from toolkit.schema import Plan, Report, load_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def quiet(step: str, done: float, total: float) -> None:
+    pass
+
+
+def request(out: Path, budget: str):
+    import msgspec
+
+    return msgspec.structs.replace(job.demo_request(str(out), parse_budget(budget)), samples=96, rounds=1)
+
+
+def verify(folder: Path) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "verify", folder], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One run of the bundled model with a table of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEKIT_CACHE", str(folder / "cache"))
+        report = job.run(request(folder / "out", "0.6x"), quiet)
+        assert report.verdict == "met"
+        job.run(request(folder / "again", "0.6x"), quiet)
+        with pytest.raises(BudgetError) as caught:
+            job.run(request(folder / "floor", "0.01x"), quiet)
+        (folder / "floor.txt").write_text(str(caught.value))
+        smallest = re.search(r"--budget (\S+)\.$", str(caught.value))
+        assert smallest
+        at_floor = job.run(request(folder / "smallest", smallest[1]), quiet)
+        assert at_floor.verdict == "met"
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_is_verified_from_outside(finished) -> None:
+    code, text = verify(finished / "out")
+    assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
+
+
+@pytest.mark.slow
+def test_the_same_seed_and_table_give_the_same_plan(finished) -> None:
+    first, second = (load_json(Plan, finished / name / "plan.json") for name in ("out", "again"))
+    assert first.table == second.table
+    assert first.groups == second.groups
+
+
+@pytest.mark.slow
+def test_a_budget_under_the_floor_is_refused_before_pruning(finished) -> None:
+    text = (finished / "floor.txt").read_text()
+    assert "under the floor" in text and "measured" in text
+    assert not (finished / "floor" / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_report_and_files_agree(finished) -> None:
+    report = load_json(Report, finished / "out" / "report.json")
+    assert report.measured_ns < report.budget_ns < report.dense_ns
+    assert report.parameters_pruned < report.parameters_dense and report.macs_pruned < report.macs_dense
+    assert report.proof_max_relative_error <= 1e-9
+    assert report.accuracy_dense is not None and report.accuracy_dense >= 0.97
+    assert {g.name for g in report.groups} == {
+        g["name"] for g in json.loads((finished / "out" / "groups.json").read_text())["groups"]
+    }
+    assert not list((finished / "out").glob(".*"))
+
+
+def falsified(folder: Path, **changes: object) -> None:
+    path = folder / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def swapped(folder: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(folder / "model.onnx")
+    first = model.graph.initializer[0]
+    first.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(first) * 1.01, first.name))
+    onnx.save(model, folder / "model.onnx")
+
+
+def dense_instead(folder: Path) -> None:
+    """The dense file under the pruned one's name, with the manifest made to fit."""
+    import hashlib
+
+    shutil.copy(folder / "dense.onnx", folder / "model.onnx")
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for artefact in manifest["artefacts"]:
+        if artefact["path"] == "model.onnx":
+            artefact["sha256"] = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+            artefact["size_bytes"] = (folder / "model.onnx").stat().st_size
+    path.write_text(json.dumps(manifest))
+
+
+def edited_plan(folder: Path) -> None:
+    path = folder / "plan.json"
+    plan = json.loads(path.read_text())
+    group = next(g for g in plan["groups"] if 0 < g["width_after"] < g["width_before"])
+    group["kept"] = sorted({*range(group["width_before"])} - {*group["kept"]})[: group["width_after"]]
+    path.write_text(json.dumps(plan))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tamper",
+    [swapped, edited_plan, lambda folder: falsified(folder, measured_ns=1e5), dense_instead],
+    ids=["swap", "plan", "time", "dense"],
+)
+def test_verify_fails_on_a_tampered_run(finished, tmp_path, tamper) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(finished / "out", folder)
+    tamper(folder)
+    code, text = verify(folder)
+    assert code == 1 and text.splitlines()[-1].startswith("NOT VERIFIED"), text
+
+
+def test_accuracy_is_counted_in_pairs() -> None:
+    dense, pruned, labels = np.array([1, 2, 3, 4]), np.array([1, 2, 0, 4]), np.array([1, 2, 3, 0])
+    found = judge(dense, pruned, labels)
+    assert (found.dense, found.pruned, found.agreement) == (0.75, 0.5, 0.75)
+    assert found.change_ci95 is not None and found.change_ci95[0] < -0.25 < found.change_ci95[1]
+    assert judge(dense, pruned, None).dense is None
+
+
+def test_deeper_cuts_take_more_rounds() -> None:
+    assert [rounds_for(b) for b in (0.95, 0.8, 0.5)] == [1, 2, 3]
