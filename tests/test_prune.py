@@ -15,7 +15,7 @@ from toolkit.prune.consumers import consumer, rows
 from toolkit.prune.engine import Engine, cache, chunked, distortion, joined
 from toolkit.prune.order import RIDGE, Linear, damped, eliminate
 from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, score
-from toolkit.prune.repair import outputs, repair, solve
+from toolkit.prune.repair import outputs, repair, ridge_solver
 from toolkit.prune.responses import group_responses, masked
 
 SHAPE = (1, 3, 8, 8)
@@ -186,6 +186,15 @@ def test_elimination_starts_with_the_cheapest_channel_and_solves_least_squares(s
         assert torch.allclose(done.weights[width][0], expected, atol=1e-6)
 
 
+def test_columns_of_other_groups_are_kept_and_adjusted() -> None:
+    _, item = linear(7, channels=7)
+    part = Linear(item.weight, item.gram, item.columns[1:6], item.importance)
+    done = eliminate([part], [4, 3, 2, 1])
+    for width in (4, 3, 2, 1):
+        _, expected = ridge_cost(part, list(done.order[: 5 - width]))
+        assert torch.allclose(done.weights[width][0], expected, atol=1e-6)
+
+
 def test_elimination_in_a_given_order_keeps_that_order() -> None:
     _, item = linear(3)
     order = [4, 1, 0, 5, 2, 3]
@@ -219,7 +228,7 @@ def test_a_duplicated_channel_goes_first_and_costs_nothing() -> None:
 def test_the_ridge_solution_is_stationary_in_primal_and_dual(n, d) -> None:
     generator = torch.Generator().manual_seed(0)
     x, residual = torch.randn(n, d, generator=generator), torch.randn(n, 3, generator=generator)
-    change = solve(x, residual, 1e-2)
+    change = ridge_solver(x, residual)(1e-2)
     level = float(x.square().sum() / d) * 1e-2
     gradient = (x.double() @ change.T - residual).T @ x.double() + level * change
     assert gradient.abs().max() < 1e-3

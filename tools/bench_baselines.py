@@ -269,7 +269,8 @@ def search(build: Build, stopwatch: Stopwatch, target: float) -> Found | None:
     def at(ratio: float) -> Found:
         program = build(ratio)
         found = Found(ratio, program, stopwatch(program))
-        say(f"    ratio {ratio:.4f}: {found.measured.ratio:.3f}x dense")
+        valid = "" if found.measured.pruned.valid else "  (not valid)"
+        say(f"    ratio {ratio:.4f}: {found.measured.ratio:.3f}x dense{valid}")
         return found
 
     rising = (at(i * GRID) for i in range(1, round(1 / GRID)))

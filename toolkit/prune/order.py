@@ -17,6 +17,7 @@ import torch
 
 from toolkit.graph.labels import Entries
 
+EXACT_COLUMNS = 1500  # more columns than this are eliminated in float32
 RIDGE = 3e-3  # of the mean diagonal of G, with many more rows than columns
 
 
@@ -58,6 +59,51 @@ def damped(gram: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
     return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * mean)
 
 
+class Shrinking:
+    """One consumer while its channels go: H and w of the columns that are left, in float32 where D is large."""
+
+    def __init__(self, consumer: Linear) -> None:
+        dtype = torch.float64 if len(consumer.gram) <= EXACT_COLUMNS else torch.float32
+        self.shape = consumer.weight.shape
+        self.inverse = torch.linalg.inv(damped(consumer.gram, consumer.ridge).to(dtype))
+        self.weight = consumer.weight.to(dtype, copy=True)
+        self.scale = consumer.importance.sqrt()[:, None].to(dtype)
+        self.columns = torch.as_tensor(consumer.columns)  # of every channel, as indices into what is left
+        self.left = torch.arange(self.shape[1])  # original column of what is left
+        self.alive = np.arange(len(consumer.columns))
+
+    def cost(self, alive: Entries) -> torch.Tensor:
+        return scores(self.inverse, self.weight * self.scale, self.columns[torch.as_tensor(alive)])
+
+    def remove(self, channels: Entries) -> None:
+        gone = self.columns[torch.as_tensor(channels)].reshape(-1)
+        rows = self.inverse[gone]  # [s, D]
+        factor = torch.linalg.solve(rows[:, gone], rows)  # (H_SS)^-1 H_S:
+        self.weight -= self.weight[:, gone] @ factor
+        self.weight[:, gone] = 0.0
+        self.inverse -= rows.T @ factor
+        self.inverse[gone] = 0.0
+        self.inverse[:, gone] = 0.0
+        self.inverse[gone, gone] = 1.0
+
+    def compact(self, alive: Entries) -> None:
+        """Forget the columns of channels that went."""
+        gone = torch.zeros(len(self.left), dtype=torch.bool)
+        gone[self.columns[torch.as_tensor(np.setdiff1d(self.alive, alive))].reshape(-1)] = True
+        stay = torch.nonzero(~gone)[:, 0]
+        self.alive = alive
+        renumbered = torch.zeros(len(self.left), dtype=torch.long)
+        renumbered[stay] = torch.arange(len(stay))
+        self.columns = renumbered[self.columns]  # those of dead channels mean nothing and are not asked for again
+        self.inverse, self.weight, self.left = self.inverse[stay][:, stay], self.weight[:, stay], self.left[stay]
+
+    def snapshot(self) -> torch.Tensor:
+        """The weight [O, D] with zeros where columns went."""
+        full = torch.zeros(self.shape, dtype=torch.float64)
+        full[:, self.left] = self.weight.double()
+        return full
+
+
 def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequence[int] | None = None) -> Elimination:
     """Remove channels one by one (in steps of at most 1/48 of the width for wide groups) down to the smallest of `widths`.
 
@@ -66,10 +112,7 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
     """
     total = len(consumers[0].columns)
     smallest = min((w for w in widths if w > 0), default=total)
-    state = [
-        [torch.linalg.inv(damped(c.gram, c.ridge)), c.weight.clone(), torch.as_tensor(c.columns), c.importance.sqrt()[:, None]]
-        for c in consumers
-    ]
+    states = [Shrinking(c) for c in consumers]
     alive = np.arange(total)
     order: list[int] = []
     kept: dict[int, tuple[torch.Tensor, ...]] = {total: tuple(c.weight.clone() for c in consumers)}
@@ -78,19 +121,19 @@ def eliminate(consumers: Sequence[Linear], widths: Sequence[int], given: Sequenc
         next_stop = next(w for w in stops if w < len(alive))
         step = min(max(1, total // 48), len(alive) - next_stop)
         if given is None:
-            cost = sum(
-                scores(inverse, weight * scale, columns[torch.as_tensor(alive)]) for inverse, weight, columns, scale in state
-            )
-            assert isinstance(cost, torch.Tensor)
+            cost = torch.stack([state.cost(alive).double() for state in states]).sum(0)
             worst = alive[torch.argsort(cost, stable=True)[:step].numpy()]
         else:
-            worst = np.asarray([n for n in given if n in set(alive.tolist())][:step])
-        for entry in state:
-            remove(entry, entry[2][torch.as_tensor(worst)].reshape(-1))
+            left = set(alive.tolist())
+            worst = np.asarray([n for n in given if n in left][:step])
+        for state in states:
+            state.remove(worst)
         order += [int(n) for n in worst]
         alive = np.setdiff1d(alive, worst)
         if len(alive) in stops:
-            kept[len(alive)] = tuple(entry[1].clone() for entry in state)
+            for state in states:
+                state.compact(alive)
+            kept[len(alive)] = tuple(state.snapshot() for state in states)
     return Elimination(tuple(order), kept)
 
 
@@ -101,17 +144,5 @@ def scores(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -
     blocks = inverse[columns[:, :, None], columns[:, None, :]]  # [n, k, k]
     w = weight.T[columns]  # [n, k, O]
     gram = w @ w.transpose(1, 2)
-    return (torch.linalg.inv(blocks) * gram).sum((1, 2))
-
-
-def remove(entry: list[torch.Tensor], gone: torch.Tensor) -> None:
-    """Eliminate columns `gone`: update weight and inverse in place of the state entry."""
-    inverse, weight = entry[0], entry[1]
-    rows = inverse[gone]  # [s, D]
-    factor = torch.linalg.solve(rows[:, gone], rows)  # (H_SS)^-1 H_S:
-    weight -= weight[:, gone] @ factor
-    weight[:, gone] = 0.0
-    inverse -= rows.T @ factor
-    inverse[gone] = 0.0
-    inverse[:, gone] = 0.0
-    inverse[gone, gone] = 1.0
+    cost: torch.Tensor = (torch.linalg.inv(blocks) * gram).sum((1, 2))
+    return cost

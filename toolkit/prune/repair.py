@@ -26,7 +26,7 @@ from toolkit.graph.rules import aten
 from toolkit.prune.consumers import Consumer, can_shift, consumer, matrix, rows, shifted, target_rows
 from toolkit.prune.engine import Engine, Values, chunked, distortion, joined
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 ROWS = 16_000
 HELD_BACK = 0.25
 LARGEST_GRAM = 6000
@@ -65,7 +65,7 @@ class Join:
 
 
 def limit_rows(c: Consumer, images: int) -> int:
-    return max(1, -(-max(ROWS, 3 * min(c.columns, LARGEST_GRAM)) // images))
+    return max(1, -(-max(ROWS, 2 * min(c.columns, LARGEST_GRAM)) // images))
 
 
 def positions(c: Consumer) -> torch.Generator:
@@ -128,19 +128,23 @@ def norm_parameters(program: Program, c: Consumer, params: Mapping[str, torch.Te
     return scale, bias - mean * scale
 
 
-def solve(x: torch.Tensor, residual: torch.Tensor, ridge: float) -> torch.Tensor:
-    """dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm; primal or dual,
-    whichever is smaller.
+def ridge_solver(x: torch.Tensor, residual: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """Of a ridge, dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm.
+
+    The moments are taken once, primal or dual, whichever is smaller.
     """
     n, d = x.shape
-    level = float(x.square().sum() / d) * ridge + 1e-12
-    if d <= n:
-        gram = (x.T @ x).double()
-        gram.diagonal().add_(level)
-        return torch.cholesky_solve((x.T @ residual).double(), torch.linalg.cholesky(gram)).T
-    kernel = (x @ x.T).double()
-    kernel.diagonal().add_(level)
-    return (torch.cholesky_solve(residual.double(), torch.linalg.cholesky(kernel)).T.float() @ x).double()
+    level = float(x.square().sum() / d)
+    moments = (x.T @ x if d <= n else x @ x.T).double()
+    right = (x.T @ residual if d <= n else residual).double()
+
+    def solve(ridge: float) -> torch.Tensor:
+        damped = moments.clone()
+        damped.diagonal().add_(level * ridge + 1e-12)
+        found = torch.cholesky_solve(right, torch.linalg.cholesky(damped)).T
+        return found if d <= n else (found.float() @ x).double()
+
+    return solve
 
 
 def refit(
@@ -174,14 +178,15 @@ def refit(
     before = error(held_r)
     xs, rs, mean_x, mean_r = centred(slice(0, fit))
     trials = {}
+    solve = ridge_solver(xs, rs)
     for ridge in RIDGES:
-        change = solve(xs, rs, ridge).float()
+        change = solve(ridge).float()
         trials[ridge] = error(held_r - (held_x - mean_x) @ change.T - mean_r)
     best = min(trials, key=lambda k: trials[k])
     if not trials[best] < before:
         return {}, LayerRepair(c.node, before, before, -1.0)
     xs, rs, mean_x, mean_r = centred(slice(None))
-    change = solve(xs, rs, best)
+    change = ridge_solver(xs, rs)(best)
     changed: Values = {c.weight: (matrix(params[c.weight]) + change).to(params[c.weight].dtype).reshape(params[c.weight].shape)}
     if shift:
         changed |= shifted(c, params, (mean_r.double() - change @ mean_x.double()).float())

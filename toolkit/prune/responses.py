@@ -17,7 +17,7 @@ from toolkit.graph.program import operand
 from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
-from toolkit.prune.order import Elimination, Linear, eliminate, ridge_for
+from toolkit.prune.order import EXACT_COLUMNS, Elimination, Linear, eliminate, ridge_for
 from toolkit.schema import Effect, Response
 
 LARGEST_GRAM = 6000  # columns; wider consumers (a classifier behind a flatten) are cut without repair here
@@ -48,7 +48,7 @@ def gram(cached: Cached, c: Consumer, seed: int = 0) -> Gram:
     engine = cached.engine
     node = engine.program.nodes[c.node]
     start = cached.restart(c.node)
-    limit = max(1, -(-max(ROWS, 3 * c.columns) // len(cached.images)))
+    limit = max(1, -(-max(ROWS, 2 * c.columns) // len(cached.images)))
     generator = torch.Generator().manual_seed(seed)
     total, square, count = torch.zeros(c.columns, dtype=torch.float64), torch.zeros(c.columns, c.columns, dtype=torch.float64), 0
     with torch.no_grad():
@@ -144,6 +144,11 @@ def group_responses(
         with torch.no_grad():
             return cached.outputs_with(changed, first)
 
+    wide = maps is not None and max(m[0].columns for m in maps) > EXACT_COLUMNS
+    if wide and None in orders.values():
+        orders = {
+            name: order for name, order in orders.items() if order is None
+        }  # comparing orders would cost more than it gives
     candidates: dict[str, Elimination] = {}
     for name, order in orders.items():
         if maps is not None and (repair or order is None):

@@ -49,8 +49,8 @@ _STYLE = {
     "ytick.labelcolor": _COLOUR["ink"],
     "legend.frameon": False,
     "legend.fontsize": 11,
-    "hatch.linewidth": 0.6,
 }
+_LEGEND: dict[str, Any] = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderpad": 0.2}
 
 
 def _draw(name: str, height: float, paint: Callable[[Figure], None]) -> str:
@@ -98,17 +98,13 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _legend(axes: Axes, columns: int, **options: Any) -> None:
+def _legend(axes: Axes, columns: int) -> None:
     """A legend in one line above the axes."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=columns,
-        handlelength=1,
-        handletextpad=0.5,
-        columnspacing=1.2,
-        borderpad=0.2,
-        **options,
+        **_LEGEND,
     )
 
 
@@ -117,7 +113,7 @@ def _legend(axes: Axes, columns: int, **options: Any) -> None:
 
 def latency(report: Report, comparison: Comparison) -> str:
     """All samples of both networks beside the budget, and the median of every round in the order taken."""
-    unit, scale = units.time_unit(report.dense_ns)
+    unit, scale = units.time_unit(report.budget_ns)
     sides = (("dense", comparison.dense), ("pruned", comparison.pruned))
 
     def paint(figure: Figure) -> None:
@@ -132,6 +128,7 @@ def latency(report: Report, comparison: Comparison) -> str:
             bottom.plot(range(1, len(medians) + 1), medians, color=_COLOUR[name], marker="o", markersize=3, linewidth=1)
         bottom.set_ylim(bottom=0)
         bottom.xaxis.get_major_locator().set_params(integer=True)
+        bottom.set_xlim(left=0.5)
         bottom.set_xlabel("round")
         bottom.set_ylabel(f"median, {unit}")
 
@@ -214,7 +211,7 @@ def widths(groups: Sequence[GroupReport]) -> str:
                 lengths = [_part(group, category, removed) / max(group.width_before, 1) for group in shown]
                 seen = seen or (any(lengths) and category in CATEGORIES)
                 colour = _COLOUR.get(category, _COLOUR["pruned"])
-                axes.barh(range(len(shown)), lengths, left=left, height=0.62, color=colour, alpha=0.22 if removed else 1)
+                axes.barh(range(len(shown)), lengths, left=left, height=0.62, color=colour, alpha=0.3 if removed else 1)
                 left = [before + length for before, length in zip(left, lengths, strict=True)]
         for row, group in enumerate(shown):
             kept = group.width_after / max(group.width_before, 1)
@@ -228,7 +225,8 @@ def widths(groups: Sequence[GroupReport]) -> str:
         if seen:
             from matplotlib.patches import Patch
 
-            _legend(axes, 4, handles=[Patch(color=_COLOUR[name], label=name) for name in CATEGORIES])
+            handles = [Patch(color=_COLOUR[name], label=name) for name in CATEGORIES]
+            figure.legend(handles=handles, loc="outside upper right", ncols=4, **_LEGEND)
 
     return _draw("widths", 76 + ROW * len(shown), paint)
 
@@ -299,8 +297,10 @@ def _curve(group: GroupReport) -> list[Any]:
 
 
 def _edges(centres: Sequence[float]) -> list[float]:
-    """Borders of cells around `centres`, from 0 to 1."""
-    return [0.0, *((left + right) / 2 for left, right in zip(centres, centres[1:], strict=False)), 1.0]
+    """Borders of cells around ascending `centres` within 0 to 1; the outer cells reach as far out as in."""
+    inner = [(left + right) / 2 for left, right in zip(centres, centres[1:], strict=False)]
+    first, last = (inner[0], inner[-1]) if inner else (centres[0] + 0.04, centres[-1] - 0.04)
+    return [max(0.0, 2 * centres[0] - first), *inner, min(1.0, 2 * centres[-1] - last)]
 
 
 def effects(groups: Sequence[GroupReport]) -> str:
@@ -319,7 +319,7 @@ def effects(groups: Sequence[GroupReport]) -> str:
         axes.grid(axis="x", color=_COLOUR["rule"], linewidth=0.5)
         axes.set_axisbelow(True)
         axes.xaxis.get_major_locator().set_params(nbins=5)
-        axes.set_xlabel("effect on the predicted class, relative")
+        axes.set_xlabel("change of the log-odds")
 
     return _draw("effects", 50 + ROW * len(shown), paint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ def html(report: Report, comparison: Comparison) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(minus=_minus, sentence=_sentence, load=_load)
+    environment.filters.update(
+        minus=_minus,
+        sentence=_sentence,
+        load=_load,
+        when=_when,
+        time=lambda latency_ns: units.duration(latency_ns, report.budget_ns),
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         fmt=units,
         report=report,
@@ -26,6 +33,8 @@ def html(report: Report, comparison: Comparison) -> str:
         dense=comparison.dense,
         pruned=comparison.pruned,
         categories=figures.CATEGORIES,
+        groups_shown=figures.GROUPS_SHOWN,
+        held=units.by_reason(report.unprunable),
         effects_known=_has_effects(report.groups),
         gauge=_gauge(report),
         quality=_quality(report),
@@ -89,7 +98,16 @@ def _minus(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}." if text else ""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}.".replace("->", "→") if text else ""
+
+
+def _when(timestamp: str) -> str:
+    """`2026-03-14 09:26 UTC` of an ISO 8601 time; anything else as it is."""
+    try:
+        moment = datetime.fromisoformat(timestamp.replace("Z", "+00:00"))
+    except ValueError:
+        return timestamp
+    return f"{moment.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC" if moment.tzinfo else timestamp
 
 
 def _load(fraction: float) -> str:

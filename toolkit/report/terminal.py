@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+GROUPS_SHOWN = 40
 KERNELS_SHOWN = 8
 
 
@@ -40,23 +41,36 @@ def _quality(report: Report) -> str:
 
 
 def summary_text(report: Report) -> RenderableType:
-    """The whole report as one rich renderable: verdict, dense against pruned, widths, iterations, validity, kernels, notes."""
+    """What stands above the verdict line, as one rich renderable: both networks, widths, turns, validity, kernels, notes."""
     from rich.console import Group
     from rich.text import Text
 
-    good = report.verdict == "met" and report.valid
+    held = units.by_reason(report.unprunable)
     parts: list[RenderableType] = [
-        Text(verdict_line(report), style="bold green" if good else "bold red"),
         Text(f"{report.model} on {report.profile}, method {report.method}, seed {report.seed}", style="dim"),
         _comparison(report),
         _widths(report),
+        *(_hanging(f"left whole: {', '.join(names)}: {reason}") for reason, names in held.items()),
+        *([Text()] if held else []),
         _iterations(report),
         _validity(report),
     ]
     if report.kernels:
         parts.append(_kernels(report))
-    parts += [Text(f"- {note}") for note in report.notes]
+    parts += [_hanging(note) for note in report.notes]
     return Group(*parts)
+
+
+def _hanging(text: str, mark: str = "- ") -> Table:
+    """A paragraph whose further lines stand under its first word."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid()
+    grid.add_column(width=len(mark))
+    grid.add_column(overflow="fold")
+    grid.add_row(mark, Text(text))
+    return grid
 
 
 def _table(title: str, *columns: tuple[str, bool]) -> Table:
@@ -78,8 +92,8 @@ def _comparison(report: Report) -> Table:
 
     row(
         f"latency, {report.statistic}",
-        units.duration(report.dense_ns),
-        units.duration(report.measured_ns),
+        units.duration(report.dense_ns, report.budget_ns),
+        units.duration(report.measured_ns, report.budget_ns),
         units.change(report.dense_ns, report.measured_ns),
     )
     if report.accuracy_dense is not None and report.accuracy_pruned is not None:
@@ -99,7 +113,7 @@ def _widths(report: Report) -> Table:
     from rich.text import Text
 
     table = _table("Widths", ("group", False), ("before", True), ("after", True), ("kept", False), ("effect", True))
-    for group in report.groups:
+    for group in report.groups[:GROUPS_SHOWN]:
         kept = round(10 * group.width_after / max(group.width_before, 1))
         table.add_row(
             Text(group.name),
@@ -108,8 +122,10 @@ def _widths(report: Report) -> Table:
             "#" * kept + "." * (10 - kept),
             units.small(group.effect_mean),
         )
-    for name, reason in report.unprunable:
-        table.add_row(Text(name), "", "kept", Text(reason, style="dim"), "")
+    rest = report.groups[GROUPS_SHOWN:]
+    if rest:
+        before, after = sum(group.width_before for group in rest), sum(group.width_after for group in rest)
+        table.add_row(f"{len(rest)} others", str(before), str(after), "", "")
     return table
 
 
@@ -118,31 +134,33 @@ def _iterations(report: Report) -> Table:
         "Closed loop", ("turn", True), ("aimed at", True), ("predicted", True), ("measured", True), ("table scale", True)
     )
     for number, turn in enumerate(report.iterations, start=1):
-        times = (units.duration(value) for value in (turn.target_ns, turn.predicted_ns, turn.measured_ns))
+        times = (units.duration(value, report.budget_ns) for value in (turn.target_ns, turn.predicted_ns, turn.measured_ns))
         table.add_row(str(number), *times, f"{turn.scale:.3f}")
     return table
 
 
 def _validity(report: Report) -> RenderableType:
+    from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
 
     held_out = report.table.held_out
     low, high = report.speedup_ci95
-    lines = [
-        Text.assemble(
-            ("Validity", "bold"), ": the measurement is ", ("valid", "green") if report.valid else ("not valid", "red")
-        ),
-        *(Text(f"  because {reason}") for reason in report.invalid_reasons),
-        Text(f"  measured, 95 % interval: {units.span(*report.measured_ci95_ns)}; speedup {low:.2f}x to {high:.2f}x"),
-        Text(
-            f"  table {report.table.id}: {units.share(report.table.coverage)} of the dense latency covered; "
-            f"held-out error {units.share(held_out.mape)} on {held_out.networks} networks"
-        ),
-        Text(f"  slices proved to {units.small(report.proof_max_relative_error)} relative; repair: {report.repair}"),
-        Text(f"  floor {units.duration(report.floor_ns)}; optimality gap {units.share(report.optimality_gap, 2)}"),
-    ]
-    return Padding(Text("\n").join(lines), (1, 0))
+    heading = Text.assemble(
+        ("Validity", "bold"), ": the measurement is ", ("valid", "green") if report.valid else ("not valid", "red")
+    )
+    lines = (
+        *(f"because {reason}" for reason in report.invalid_reasons),
+        f"measured, 95 % interval: {units.span(*report.measured_ci95_ns)}; speedup {low:.2f}x to {high:.2f}x",
+        f"table {report.table.id}: {units.share(report.table.coverage)} of the dense latency covered; "
+        f"held-out error {units.share(held_out.mape)} on {held_out.networks} networks",
+        f"slices proved to {units.small(report.proof_max_relative_error)} relative",
+        f"repair: {report.repair}",
+        f"critical or undecided channels cut: {report.critical_removed}",
+        f"floor {units.duration(report.floor_ns)} (predicted, or measured where the budget comes near it); "
+        f"optimality gap {units.share(report.optimality_gap, 2)}",
+    )
+    return Padding(Group(heading, *(_hanging(line, "  ") for line in lines)), (1, 0))
 
 
 def _kernels(report: Report) -> Table:

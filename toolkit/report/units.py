@@ -1,8 +1,8 @@
-"""Numbers as text: times, counts, sizes, shares and changes, the same in the terminal and on the page."""
+"""Numbers as text: times, counts, sizes, shares and changes, the same in the terminal and on the page; and names by reason."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _SCALES = (("s", 1e9), ("ms", 1e6), ("us", 1e3))
 
@@ -20,9 +20,9 @@ def time_digits(values: Sequence[float]) -> int:
     return digits
 
 
-def duration(latency_ns: float) -> str:
-    """`7.81 ms`, `350 us`, `1.20 s`."""
-    unit, scale = time_unit(latency_ns)
+def duration(latency_ns: float, like_ns: float = 0.0) -> str:
+    """`7.81 ms`, `350 us`, `1.20 s`; in the unit of `like_ns` where given, for times that are read together."""
+    unit, scale = time_unit(like_ns or latency_ns)
     return f"{latency_ns / scale:.{2 if abs(latency_ns) < 100 * scale else 0}f} {unit}"
 
 
@@ -79,3 +79,11 @@ def seconds(value: float) -> str:
     if whole >= 60:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{value:.1f} s" if value < 10 else f"{whole} s"
+
+
+def by_reason(held: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(name, reason) pairs as the names of every reason, both in the order given."""
+    found: dict[str, list[str]] = {}
+    for name, reason in held:
+        found.setdefault(reason, []).append(name)
+    return found

@@ -1,0 +1,411 @@
+"""The report: its verdict line, the terminal summary and the HTML page, also as a browser lays it out."""
+
+from __future__ import annotations
+
+import html as entities
+import json
+import re
+import shutil
+import subprocess
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import samples
+from toolkit.report import figures, html, summary_text, units, verdict_line
+from toolkit.schema import CategoryCounts, Report
+
+WIDTHS = (400, 800, 1400)  # pixels: a phone, half a screen, a screen
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(2)>&amp;\"$\\frac{1}{2}$_" + "y" * 80
+UNLABELLED = {"accuracy_dense": None, "accuracy_pruned": None, "accuracy_change_ci95": None}
+
+
+def hostile() -> Report:
+    """Missed, not valid, without labels, with more groups than a figure shows and names that are markup."""
+    report = samples.report()
+    groups = tuple(msgspec.structs.replace(group, name=f"{index}{HOSTILE}") for index, group in enumerate(report.groups * 5))
+    return samples.report(
+        verdict="missed",
+        valid=False,
+        invalid_reasons=(f"drift {HOSTILE}",),
+        model=f"/{'folder' * 40}/{HOSTILE}.py:net",
+        measured_ns=8_400_000.0,
+        measured_ci95_ns=(8_350_000.0, 8_450_000.0),
+        groups=groups,
+        unprunable=tuple((group.name, HOSTILE) for group in groups[:20]),
+        kernels=tuple(msgspec.structs.replace(kernel, name=HOSTILE, key=HOSTILE, note=HOSTILE) for kernel in report.kernels),
+        repair=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+        command=f"edgekit run {HOSTILE}",
+        notes=(HOSTILE,),
+        **UNLABELLED,
+    )
+
+
+def bare() -> Report:
+    """What a method without effects leaves when nothing was tried: no groups, kernels, turns, notes or labels."""
+    return samples.report(
+        method="random", groups=(), unprunable=(), kernels=(), iterations=(), notes=(), wall_s={}, environment={}, **UNLABELLED
+    )
+
+
+REPORTS = {"met": samples.report(), "missed, not valid, no labels, hostile": hostile(), "bare": bare()}
+every_report = pytest.mark.parametrize("report", list(REPORTS.values()), ids=list(REPORTS))
+every_page = pytest.mark.parametrize("name", list(REPORTS))
+
+
+@cache
+def page_of(name: str) -> str:
+    return html(REPORTS[name], samples.comparison())
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text that is shown."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements[-1:] and self.elements[-1][0] != "style":
+            self.words += data.split()
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(page_of("met"))
+
+
+# --- verdict line --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 -0.4"),
+        (
+            {"verdict": "missed", "measured_ns": 8.4e6, "speedup": 1.906},
+            "MISSED  8.40 ms median (predicted 7.65, budget 8.00)  1.91x  top-1 -0.4",
+        ),
+        (UNLABELLED, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  agreement 96.5 %"),
+        ({"valid": False}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 -0.4  not valid"),
+        ({"accuracy_pruned": 0.9384}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 0.0"),
+        ({"accuracy_pruned": 0.9504}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 +1.2"),
+        (
+            {"measured_ns": 340_100.0, "predicted_ns": 333_000.0, "budget_ns": 350_000.0, "statistic": "p90"},
+            "MET  340.1 us p90 (predicted 333.0, budget 350.0)  2.1x  top-1 -0.4",
+        ),
+        (
+            {"verdict": "missed", "measured_ns": 8.0004e6},
+            "MISSED  8.0004 ms median (predicted 7.6530, budget 8.0000)  2.1x  top-1 -0.4",
+        ),
+        (
+            {"verdict": "missed", "measured_ns": 0.0},
+            "MISSED  7.65 ms median predicted, nothing measured (budget 8.00)",
+        ),
+    ],
+    ids=["met", "missed", "no labels", "not valid", "no loss", "gain", "microseconds", "narrowly missed", "nothing measured"],
+)
+def test_verdict_line(changes: dict[str, object], line: str) -> None:
+    assert verdict_line(samples.report(**{"budget_ns": 8.0e6, "speedup": 2.1} | changes)) == line
+
+
+# --- units ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1e3, 1e11), st.floats(1e3, 1e11))
+def test_a_duration_reads_back_in_the_unit_asked_for(latency_ns: float, like_ns: float) -> None:
+    number, unit = units.duration(latency_ns, like_ns).split()
+    name, scale = units.time_unit(like_ns)
+    assert unit == name
+    assert abs(float(number) * scale - latency_ns) <= max(0.0051, 0.0051 * latency_ns / scale) * scale
+
+
+def test_a_duration_alone_has_its_own_unit() -> None:
+    assert [units.duration(value) for value in (7_812_345.0, 350_000.0, 1.2e9, 999.0)] == [
+        "7.81 ms",
+        "350 us",
+        "1.20 s",
+        "1.00 us",
+    ]
+
+
+# --- terminal ------------------------------------------------------------------------------------------------------------
+
+
+def printed(report: Report, width: int = 80) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(summary_text(report))
+    return capture.get()
+
+
+@every_report
+def test_the_summary_fits_80_columns_without_control_codes(report: Report) -> None:
+    lines = printed(report).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(line.isprintable() for line in lines)
+
+
+def test_the_summary_truncates_nothing() -> None:
+    report = samples.report()
+    text = " ".join(printed(report).split())
+    assert "…" not in text
+    wanted = [
+        report.model,
+        "16.01 ms 7.81 ms -51.2 %",
+        "93.8 % 93.4 % -0.4 points",
+        "96.5 % 5000 images",
+        "855.8 k 402.3 k -53.0 %",
+        "126.55 M 58.12 M -54.1 %",
+        "3.48 MB 1.66 MB -52.2 %",
+        "7.77 to 7.87 ms; speedup 2.03x to 2.07x",
+        "98.7 % of the dense latency covered; held-out error 2.3 % on 12 networks",
+        "slices proved to 3.1e-13 relative",
+        f"critical or undecided channels cut: {report.critical_removed}",
+        "optimality gap 0.07 %",
+        *(group.name for group in report.groups),
+        *(f"left whole: {name}: {reason}" for name, reason in report.unprunable),
+        *report.notes,
+        report.repair,
+    ]
+    assert [words for words in wanted if words not in text] == []
+
+
+def test_the_summary_counts_the_groups_it_leaves_out() -> None:
+    groups = samples.report().groups * 5
+    rest = groups[40:]
+    before, after = (sum(getattr(group, name) for group in rest) for name in ("width_before", "width_after"))
+    text = " ".join(printed(samples.report(groups=groups)).split())
+    assert f"{len(rest)} others {before} {after}" in text
+
+
+def test_the_summary_says_why_a_measurement_is_not_valid() -> None:
+    text = printed(samples.report(valid=False, invalid_reasons=("the machine [bold]slept[/bold]",)))
+    assert "the measurement is not valid" in text
+    assert "because the machine [bold]slept[/bold]" in text
+
+
+# --- page ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("verdict", "Met 7.81 ms median, 2.0x as fast as the dense 16.01 ms"),
+        ("margin", "Yes, with 2.4 % to spare"),
+        ("budget", "Budget 8.01 ms 0.5x"),
+        ("interval", "95 % interval 7.77 to 7.87 ms"),
+        ("prediction", "Predicted 7.65 ms"),
+        ("speedup", "Speedup 2.0x 2.03 to 2.07"),
+        ("samples", "Samples 480 in 12 rounds"),
+        ("process", "Fresh process yes"),
+        ("held-out error", "held-out error 2.3 %"),
+        ("proof", "Slice proof 3.1e−13 relative"),
+        ("accuracy", "Top-1 93.4 % from 93.8 %"),
+        ("accuracy interval", "−0.8 to −0.1 points"),
+        ("agreement", "Same top-1 as dense 96.5 %"),
+        ("evaluation", "Evaluated on 5000 images"),
+        ("calibration", "Calibrated on 512 images"),
+        ("critical", "Critical or undecided channels cut"),
+        ("size", "Size 1.66 MB −52.2 %"),
+        ("parameters", "Parameters 855.8 k 402.3 k −53.0 %"),
+        ("macs", "MACs 126.55 M 58.12 M −54.1 %"),
+        ("turn", "2 7.80 ms 7.65 ms 7.80 ms 0.487 1.076"),
+        ("table", "Latency table 3f9c1ab2d470 412 rows"),
+        ("coverage", "Coverage of the dense latency 98.7 %"),
+        ("floor", "Floor 2.31 ms every group at its least width; predicted, or measured where the budget comes near it"),
+        ("prunable", "Prunable share of the MACs 98.2 %"),
+        ("gap", "Optimality gap of the plan 0.07 %"),
+        ("left whole", "fc its channels are the network's output"),
+        ("dropped", "layer1.4.conv1 conv 16 → 0"),
+        ("kernel", "conv1 Conv+Relu 3x3 s1 32x32 402 us 398 us width fixed by the residual sum"),
+        ("load", "Time stolen by the host 0.0 %"),
+        ("when", "2026-03-14 09:26 UTC"),
+        ("seed", "seed 0"),
+        ("time spent", "all steps 6 min 46 s"),
+        ("command", "--budget 0.5x -o out"),
+    ],
+)
+def test_the_page_says(page: Page, what: str, words: str) -> None:
+    assert words in page.text
+
+
+def test_every_group_and_kernel_is_in_a_table(page: Page) -> None:
+    report = samples.report()
+    for group in report.groups:
+        assert f"{group.name} conv {group.width_before} → {group.width_after}" in page.text
+    for kernel in report.kernels:
+        assert f"{kernel.name} {kernel.key}" in page.text
+
+
+def test_figures_are_inline_and_named(page: Page) -> None:
+    captions = {attributes.get("id") for tag, attributes in page.elements if tag == "figcaption"}
+    drawn = {attributes.get("aria-labelledby") for tag, attributes in page.elements if tag == "svg"}
+    assert drawn == captions == {"latency", "iterations", "widths", "responses", "effects", "kernels"}
+
+
+@every_page
+def test_nothing_is_loaded_and_nothing_runs(name: str) -> None:
+    page = page_of(name)
+    elements = Page(page).elements
+    assert {tag for tag, _ in elements} & {"script", "img", "iframe", "object", "embed", "form", "base"} == set()
+    for tag, attributes in elements:
+        assert not [attribute for attribute in attributes if attribute.startswith("on")], tag
+        for link in ("src", "srcset", "href", "xlink:href", "data", "action"):
+            target = attributes.get(link)
+            assert target is None or target.startswith(("#", "data:")), (tag, link, target)
+    assert re.findall(r"@import|url\((?!#)", page) == []
+
+
+@every_page
+def test_ids_are_unique_and_references_lead_somewhere(name: str) -> None:
+    page = page_of(name)
+    ids = [attributes["id"] for _, attributes in Page(page).elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]+)\)|xlink:href=\"#([^\"]+)\"|aria-labelledby=\"([^\"]+)\"", page)
+    assert {found for each in used for found in each if found} <= set(ids)
+
+
+@every_page
+def test_colours_follow_the_page(name: str) -> None:
+    page = page_of(name)
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert set(re.findall(r"(?:fill|stroke): (#\w+)", svg)) == set()
+    used = set(re.findall(r"var\(--([a-z]+)\)", page))
+    light, dark = (set(re.findall(r"--([a-z]+):", block)) for block in re.findall(r":root \{(.*?)\}", page, flags=re.DOTALL)[:2])
+    assert used - {"swatch"} <= light
+    assert light - dark == {"sans", "mono"}
+
+
+def test_hostile_names_are_text() -> None:
+    page = page_of("missed, not valid, no labels, hostile")
+    assert HOSTILE not in page
+    text = entities.unescape(page)
+    assert text.count(HOSTILE) >= 100
+    assert "drift " + HOSTILE in text
+
+
+def test_a_missed_and_invalid_run_says_so() -> None:
+    text = Page(page_of("missed, not valid, no labels, hostile")).text
+    assert "Missed, not valid 8.40 ms" in text
+    assert "No, over by 0.40 ms" in text
+    assert "No, the measurement is not valid" in text
+    assert "Why the measurement is not valid drift" in text
+
+
+def test_an_interval_over_the_budget_is_named_as_the_reason() -> None:
+    report = samples.report(verdict="missed", measured_ns=8.0e6, measured_ci95_ns=(7.9e6, 8.1e6))
+    assert "No, the interval reaches over the budget" in Page(html(report, samples.comparison())).text
+
+
+def test_without_labels_agreement_stands_for_accuracy() -> None:
+    text = Page(html(samples.report(**UNLABELLED), samples.comparison())).text
+    assert "96.5 % agree with dense" in text
+    assert "Top-1" not in text
+    assert "points" not in text
+
+
+def test_a_method_without_effects_shows_none() -> None:
+    groups = [
+        msgspec.structs.replace(group, categories=CategoryCounts(), removed=CategoryCounts(), effect_mean=0.0)
+        for group in samples.report().groups
+    ]
+    page = Page(html(samples.report(method="l1", groups=tuple(groups)), samples.comparison()))
+    assert "The method l1 ranks channels without measuring their effect." in page.text
+    assert "effects" not in {attributes.get("id") for _, attributes in page.elements}
+
+
+def test_a_figure_of_many_groups_says_how_many_it_shows() -> None:
+    assert "; the first 64 of 135" in page_of("missed, not valid, no labels, hostile")
+    assert "; the first" not in page_of("met")
+
+
+def test_the_page_is_the_same_each_time() -> None:
+    assert html(samples.report(), samples.comparison()) == page_of("met")
+
+
+@given(st.sets(st.integers(0, 64), min_size=1).map(sorted))
+def test_heat_map_cells_hold_their_widths(widths: list[int]) -> None:
+    centres = [width / 64 for width in widths]
+    edges = figures._edges(centres)
+    assert len(edges) == len(centres) + 1
+    assert 0 <= edges[0] and edges[-1] <= 1
+    assert edges == sorted(set(edges))
+    assert all(left <= centre <= right for left, centre, right in zip(edges, centres, edges[1:], strict=False))
+
+
+# --- browser -------------------------------------------------------------------------------------------------------------
+
+
+def in_browser(pages: dict[str, str], folder: Path) -> tuple[dict[str, int], list[str]]:
+    """(pixels by which each page is wider than its window, by "name width"; what the console said)."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to lay the page out with")
+    quoted = json.dumps(pages).replace("</", "<\\/").replace("<!--", "<\\!--")
+    script = (
+        f"const pages = {quoted}, widths = {list(WIDTHS)}, frames = [];"
+        + """
+      for (const width of widths) for (const name in pages) {
+        const frame = document.createElement("iframe");
+        frame.width = width; frame.height = 600; frame.srcdoc = pages[name]; frame.dataset.name = `${name} ${width}`;
+        document.body.append(frame); frames.push(frame);
+      }
+      onload = () => {
+        const found = {};
+        for (const frame of frames) {
+          const root = frame.contentDocument.documentElement;
+          found[frame.dataset.name] = root.scrollWidth - frame.contentWindow.innerWidth;
+          frame.remove();
+        }
+        document.body.textContent = JSON.stringify(found);
+      };
+    """
+    )
+    file = folder / "frames.html"
+    file.write_text(f'<!doctype html><meta charset="utf-8"><body><script>{script}</script>', encoding="utf-8")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri(),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.skip("Chromium did not answer within a minute")
+    shown = re.search(r"<body>(\{.*?\})</body>", done.stdout, flags=re.DOTALL)
+    if shown is None and not re.search(r"<body", done.stdout):
+        pytest.skip(f"Chromium does not run here: {done.stderr[-200:]}")
+    assert shown, done.stdout[-500:]
+    return json.loads(entities.unescape(shown[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_page_fits_every_window_and_the_console_is_silent(tmp_path: Path) -> None:
+    wider, console = in_browser({name: page_of(name) for name in REPORTS}, tmp_path)
+    assert len(wider) == len(REPORTS) * len(WIDTHS)
+    assert {name: pixels for name, pixels in wider.items() if pixels > 0} == {}
+    assert console == []
+
+
+def test_the_browser_check_sees_overflow_and_errors(tmp_path: Path) -> None:
+    broken = '<!doctype html><body style="margin:0"><div style="width:1000px">x</div><svg><path d="nonsense"/></svg>'
+    wider, console = in_browser({"broken": broken}, tmp_path)
+    assert wider == {"broken 400": 600, "broken 800": 200, "broken 1400": 0}
+    assert console
