@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import samples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import samples
 from toolkit.report import figures, html, summary_text, units, verdict_line
 from toolkit.schema import CategoryCounts, Report
 
