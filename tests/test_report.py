@@ -230,7 +230,7 @@ def test_the_summary_says_why_a_measurement_is_not_valid() -> None:
         ("turn", "2 7.80 ms 7.65 ms 7.80 ms 0.487 1.076"),
         ("table", "Latency table 3f9c1ab2d470 412 rows"),
         ("coverage", "Coverage of the dense latency 98.7 %"),
-        ("floor", "Floor 2.31 ms every group at its least width; predicted, or measured where the budget comes near it"),
+        ("floor", "Floor 2.31 ms measured, every group at its least width"),
         ("prunable", "Prunable share of the MACs 98.2 %"),
         ("gap", "Optimality gap of the plan 0.07 %"),
         ("left whole", "fc its channels are the network's output"),

@@ -394,7 +394,7 @@ class GroupReport(Record, frozen=True, kw_only=True):
     kind: GroupKind
     width_before: int
     width_after: int
-    effect_mean: float
+    effect_mean: float  # log-odds, mean over channels; the interval's ends likewise
     effect_ci95: tuple[float, float]
     categories: CategoryCounts
     removed: CategoryCounts

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What plain pruning loses at the latency that an edgekit run delivered: python tools/bench_baselines.py RUN_DIR
 
 The peer prunes every channel group by one ratio, with weights left as they are and BatchNorm statistics re-estimated on the run's

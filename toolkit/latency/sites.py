@@ -35,6 +35,7 @@ class Site:
     c_in: DimForm
     c_out: DimForm
     nodes: tuple[str, ...]
+    label: str = ""  # the parameter it weighs with, where it has one: what a person calls it
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _site(maker: VariantMaker, nodes: Sequence[Any], producer: dict[str, int], f
         precision,
     ]
     names = {node.name for node in nodes if node.name} | inside
-    return Site(head.name or head.output[0], " ".join(static), kind, c_in, c_out, tuple(sorted(names)))
+    label = next((name.removesuffix(".weight") for name in head.input if name.endswith(".weight")), head.name or head.output[0])
+    return Site(head.name or head.output[0], " ".join(static), kind, c_in, c_out, tuple(sorted(names)), label)
 
 
 def _channels(maker: VariantMaker, head: Any) -> tuple[DimForm, DimForm, str]:

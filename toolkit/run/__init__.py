@@ -312,7 +312,7 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
             note = "gone with its branch"
         elif cut != shape and pruned > 0.95 * dense:
             note = "narrower but not faster: channels are padded to the runtime's block, or fixed overhead dominates"
-        found.append(KernelTime(name=site.name, key=site.key, dense_ns=dense, pruned_ns=pruned, note=note))
+        found.append(KernelTime(name=site.label, key=site.key, dense_ns=dense, pruned_ns=pruned, note=note))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,32 +120,29 @@ def rounds_for(budget: float) -> int:
 
 
 def check_floor(job: Job) -> float:
-    """The floor as a share of dense: predicted, or measured where the budget comes near it.
+    """The floor as a share of dense, measured: tables are fitted far above it.
 
     Raises:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
     """
     groups = job.program.groups
     lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.scale * job.model.overhead_ns)
-    predicted = job.predicted(lowest.widths)
-    if predicted < 0.8 * job.budget:
-        return predicted
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     write(job, state, folder)
     measured = compare(job, job.pruned_path(folder), lowest.widths)
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
         return measured.ratio
-    dense_ns = measured.dense.latency_ns
+    dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
     smallest = measured.ratio_ci95[1] * 1.04
-    named = f"{dense_ns * smallest / 1e6:.3g}ms" if job.exact_ns else f"{-(-smallest * 1000 // 1) / 1000:.3f}x"
+    named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
     raise BudgetError(
         f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest"
-        f" the network still takes {measured.pruned.latency_ns / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms"
+        f" the network still takes {dense_ns * measured.ratio / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms"
         f" ({measured.ratio:.3f}x, measured);"
         f" {job.program.prunable_macs_share():.0%} of its multiply-accumulates are prunable.",
         f"The smallest budget that works is --budget {named}.",
-        floor_ns=measured.pruned.latency_ns,
+        floor_ns=dense_ns * measured.ratio,
         smallest_budget_ns=dense_ns * smallest,
     )
 
