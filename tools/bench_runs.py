@@ -16,10 +16,10 @@ from toolkit.schema import Report, load_json
 
 VERIFY = Path(__file__).with_name("verify")
 FIELDS = (
-    "verdict", "valid", "method", "runtime", "budget", "dense_ns", "measured_ns", "predicted_ns", "speedup", "speedup_ci95",
-    "accuracy_dense", "accuracy_pruned", "accuracy_change_ci95", "agreement", "evaluation_images", "calibration_images", "parameters_dense",
-    "parameters_pruned", "macs_dense", "macs_pruned", "floor_ns", "optimality_gap", "proof_max_relative_error", "wall_s", "seed",
-    "environment",
+    "verdict", "valid", "method", "runtime", "budget", "dense_ns", "measured_ns", "predicted_ns", "speedup",
+    "speedup_ci95", "accuracy_dense", "accuracy_pruned", "accuracy_change_ci95", "agreement", "evaluation_images",
+    "calibration_images", "parameters_dense", "parameters_pruned", "macs_dense", "macs_pruned", "floor_ns",
+    "optimality_gap", "proof_max_relative_error", "wall_s", "seed", "environment",
 )  # fmt: skip
 
 
