@@ -15,6 +15,8 @@ from toolkit.backends import Backend, fusion, random_feeds
 from toolkit.devices import local
 from toolkit.errors import MeasurementError, MissingError, UsageError
 
+pytestmark = pytest.mark.slow
+
 RUNTIMES = backends.RUNTIMES
 
 

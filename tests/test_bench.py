@@ -16,6 +16,8 @@ from toolkit.bench import session, stats, timing
 from toolkit.errors import UsageError
 from toolkit.schema import Load, Profile, from_json, to_json
 
+pytestmark = pytest.mark.slow
+
 Simulated = list[NDArray[np.int64]]
 PROFILES = {
     "onnxruntime": Profile(id="local-onnxruntime", device="local", runtime="onnxruntime", format="onnx"),

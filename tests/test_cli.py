@@ -30,6 +30,8 @@ NETWORKS = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 
 def tiny():
     def block(before, after):
@@ -375,7 +377,6 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(place, job.cache, job.again(out="first"))
 
 
-@pytest.mark.slow
 def test_a_whole_run_leaves_what_the_verdict_line_says(finished: Finished) -> None:
     report, plan = finished.records()
     out = finished.place / "first"
@@ -394,7 +395,6 @@ def test_a_whole_run_leaves_what_the_verdict_line_says(finished: Finished) -> No
     assert report.accuracy_dense is not None and report.evaluation_images + report.calibration_images == 120
 
 
-@pytest.mark.slow
 def test_the_same_seed_and_table_give_the_same_plan_and_json_is_a_report(finished: Finished) -> None:
     again = finished.again("--json")
     report = from_json(Report, again.out)
@@ -405,7 +405,6 @@ def test_the_same_seed_and_table_give_the_same_plan_and_json_is_a_report(finishe
     assert re.match("(MET|MISSED)  ", again.error.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_without_labels_there_is_agreement_but_no_accuracy(finished: Finished) -> None:
     found = finished.again(data="unlabelled.npz", out="unlabelled")
     report, _ = finished.records("unlabelled")
@@ -413,7 +412,6 @@ def test_without_labels_there_is_agreement_but_no_accuracy(finished: Finished) -
     assert re.search(r"agreement [\d.]+ %$", found.out.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_report_shows_a_finished_run_again(finished: Finished) -> None:
     page = finished.place / "first" / "report.html"
     page.unlink()
@@ -421,7 +419,6 @@ def test_report_shows_a_finished_run_again(finished: Finished) -> None:
     assert found.out == finished.result.out and found.code == finished.result.code and page.stat().st_size > 10_000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["header.json", "rows.csv", "samples.json"])
 def test_a_damaged_table_is_named_and_its_advice_repairs_it(finished: Finished, name: str) -> None:
     (path,) = finished.cache.rglob(name)

@@ -32,6 +32,8 @@ from toolkit.latency.table import (
 from toolkit.latency.variants import VariantMaker
 from toolkit.schema import DimForm, Fingerprint, HeldOut, Profile, save_json
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {"a": (1, 24), "b": (1, 32), "c": (1, 40), "p": (1, 16)}
 FORMS = [DimForm(const=0, terms=((name, elements),)) for name, elements in (("a", 1), ("b", 1), ("c", 1), ("c", 16), ("p", 1))]
 FORMS.append(DimForm(const=16, terms=(("p", 1),)))

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from toolkit.report import figures, html, summary_text, units, verdict_line
 from toolkit.schema import CategoryCounts, Report
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (400, 800, 1400)  # pixels: a phone, half a screen, a screen
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(2)>&amp;\"$\\frac{1}{2}$_" + "y" * 80
 UNLABELLED = {"accuracy_dense": None, "accuracy_pruned": None, "accuracy_change_ci95": None}

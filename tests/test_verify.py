@@ -23,6 +23,8 @@ from torch import nn
 from toolkit import backends, bench
 from toolkit.schema import Profile, to_json
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "verify"
 PROFILE = Profile(id="local-onnxruntime", device="local", runtime="onnxruntime", format="onnx")
 DENSE, PRUNED = (64, 64), (32, 48)
@@ -178,7 +180,6 @@ def failures(tool: ModuleType, folder: Path, *names: str) -> set[str]:
 UNTIMED = ("files", "hashes", "smaller", "plan", "shapes", "parity", "samples", "prediction", "accuracy", "verdict")
 
 
-@pytest.mark.slow
 def test_an_honest_run_is_verified(tool: ModuleType, honest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([str(honest), "--time", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -186,14 +187,12 @@ def test_an_honest_run_is_verified(tool: ModuleType, honest: Path, capsys: pytes
     assert all(line.startswith("ok  ") for line in lines[:-1])
 
 
-@pytest.mark.slow
 def test_a_falsified_time_is_not_verified(tool: ModuleType, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(copy, "report.json", lambda report: report.update(measured_ns=0.9 * report["measured_ns"]))
     assert tool.main([str(copy), "--time", "3"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("NOT VERIFIED: ")
 
 
-@pytest.mark.slow
 def test_a_time_falsified_in_every_field_of_the_report(tool: ModuleType, copy: Path) -> None:
     def falsify(report: dict[str, Any]) -> None:
         for name in ("measured_ns", "predicted_ns"):
@@ -206,7 +205,6 @@ def test_a_time_falsified_in_every_field_of_the_report(tool: ModuleType, copy: P
     assert failures(tool, copy, "samples", "timing") == {"samples", "timing"}
 
 
-@pytest.mark.slow
 def test_samples_falsified_with_the_report_do_not_time_again(tool: ModuleType, copy: Path) -> None:
     def faster(record: dict[str, Any]) -> None:
         record["pruned"]["rounds_ns"] = [[round(0.7 * sample) for sample in one] for one in record["pruned"]["rounds_ns"]]
@@ -231,7 +229,6 @@ def test_a_swapped_artefact(tool: ModuleType, copy: Path) -> None:
     assert "parity" in failures(tool, copy, "hashes", "parity")
 
 
-@pytest.mark.slow
 def test_the_dense_model_in_place_of_the_pruned(tool: ModuleType, copy: Path) -> None:
     shutil.copy(copy / "dense.onnx", copy / "model.onnx")
     assert "hashes" in failures(tool, copy, "hashes")
