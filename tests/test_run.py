@@ -47,7 +47,7 @@ def finished(tmp_path_factory) -> Path:
         assert report.verdict == "met"
         job.run(request(folder / "again", "0.6x"), quiet)
         with pytest.raises(BudgetError) as caught:
-            job.run(request(folder / "floor", "0.01x"), quiet)
+            job.run(request(folder / "floor", "0.001x"), quiet)
         (folder / "floor.txt").write_text(str(caught.value))
         smallest = re.search(r"--budget (\S+)\.$", str(caught.value))
         assert smallest
