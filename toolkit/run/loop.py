@@ -173,14 +173,19 @@ def parity_samples(images: Images) -> dict[str, np.ndarray[Any, Any]]:
 
 def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
     """Dense and pruned, interleaved; remembered beside the table, so that the same table leads to the same plan again."""
-    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
-    remembered = job.plans / f"{digest}.json"
-    if remembered.exists():
-        return load_json(Comparison, remembered)
+    known = remembered(job, widths)
+    if known.exists():
+        return load_json(Comparison, known)
     measured = time_pair(job, path)
     if measured.pruned.valid:
-        save_json(remembered, measured)
+        save_json(known, measured)
     return measured
+
+
+def remembered(job: Job, widths: Mapping[str, int]) -> Path:
+    """The file of what these widths measured."""
+    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
+    return job.plans / f"{digest}.json"
 
 
 def time_pair(job: Job, path: Path, fresh: bool = False) -> Comparison:
@@ -271,7 +276,10 @@ def close(job: Job) -> Outcome:
                 tried[-1] = found = confirm(job, found)
                 if met(job, found):
                     break
-                share *= min(0.995, AIM / job.final_share(confirmation(found)))
+                # the confirmation knows better: from here on, and with this table from now on, it is what this plan measures
+                scale *= confirmation(found).ratio / found.measured.ratio
+                save_json(remembered(job, found.allocation.widths), confirmation(found))
+                share *= min(1.0, job.share(confirmation(found)) / job.final_share(confirmation(found)))
                 continue
             if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
                 share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
