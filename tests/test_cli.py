@@ -26,11 +26,12 @@ from toolkit.schema import Comparison, Plan, Report, from_json, load_json
 
 VERBS = ("run", "demo", "measure", "bench", "export", "report", "profiles", "doctor")
 INPUT = ("--input", "1x3x16x16")
+pytestmark = pytest.mark.slow
+
 NETWORKS = """
 import torch
 from torch import nn
 
-pytestmark = pytest.mark.slow
 
 
 def tiny():
