@@ -15,6 +15,8 @@ from toolkit.prune import allocate as module
 from toolkit.prune.allocate import SiteCost, allocate, floor, latency_ns
 from toolkit.schema import ChannelGroup, DimForm
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Place:

@@ -28,6 +28,8 @@ from calibration import (
     split,
 )
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Transform(input=(1, 3, 8, 8), mean=(0.0,), std=(1.0,))
 
 
