@@ -162,7 +162,7 @@ def cli() -> None:
 
 
 def settle_process() -> None:
-    """Make torch a good neighbour, before it loads: on a busy machine threads that spin while they wait cost up to 20 times.
+    """Make torch a good neighbour, before it loads: on a busy machine threads that spin while they wait cost dearly.
 
     Freed activations are kept for the next operator too, where the C library allows it, instead of being paged in anew.
     """
