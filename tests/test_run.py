@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
-from toolkit.schema import Plan, Report, load_json
+from toolkit.schema import Plan, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,10 +27,17 @@ def quiet(step: str, done: float, total: float) -> None:
     pass
 
 
-def request(out: Path, budget: str):
-    import msgspec
-
+def request(out: Path, budget: str) -> RunRequest:
     return msgspec.structs.replace(job.demo_request(str(out), parse_budget(budget)), samples=96, rounds=1)
+
+
+def until_valid(wanted: RunRequest) -> Report:
+    """Run, again where the report itself says that the machine was too disturbed to measure."""
+    for _ in range(3):
+        report = job.run(wanted, quiet)
+        if report.valid:
+            break
+    return report
 
 
 def verify(folder: Path) -> tuple[int, str]:
@@ -43,16 +51,14 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEKIT_CACHE", str(folder / "cache"))
-        report = job.run(request(folder / "out", "0.6x"), quiet)
-        assert report.verdict == "met"
+        assert until_valid(request(folder / "out", "0.6x")).verdict == "met"
         job.run(request(folder / "again", "0.6x"), quiet)
         with pytest.raises(BudgetError) as caught:
             job.run(request(folder / "floor", "0.001x"), quiet)
         (folder / "floor.txt").write_text(str(caught.value))
         smallest = re.search(r"--budget (\S+)\.$", str(caught.value))
         assert smallest
-        at_floor = job.run(request(folder / "smallest", smallest[1]), quiet)
-        assert at_floor.verdict == "met"
+        assert until_valid(request(folder / "smallest", smallest[1])).verdict == "met"
     return folder
 
 
