@@ -1,30 +1,43 @@
 """A traced program and its channel groups.
 
-`trace` runs `torch.export`, functionalises, and keeps the unlifted ATen GraphModule. Everything downstream (interventions,
-surgery, export) works on that module; the model's own Python is never looked at or called again.
+`trace` exports a model to a functional ATen graph (`tracing`), labels every dimension (`rules`, `labels`) and gathers the labels
+into channel groups. Everything downstream (interventions, surgery, export) works on that graph; the model's own Python is never
+looked at or called again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
-from toolkit.errors import ModelError
-from toolkit.graph.labels import Dims, Entries, Labels
-from toolkit.graph.rules import Flow, argument, aten, place, propagate
+from toolkit.graph.labels import SINGLE, Dims, Entries, Labels, Solution
+from toolkit.graph.rules import Flow, Mixing, aten, place, propagate
+from toolkit.graph.rules.core import operators
+from toolkit.graph.rules.mixing import ATTENTION, CONVOLUTIONS, PRODUCTS, TRANSPOSED, conv_groups
+from toolkit.graph.rules.reshaping import PERMUTES, VIEWS
+from toolkit.graph.tracing import (
+    Shapes,
+    attribute,
+    capture,
+    example_input,
+    find_shuffles,
+    first_line,
+    known_shapes,
+    static_nodes,
+)
 from toolkit.schema import ChannelGroup, DimForm, GroupKind, Place
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv1d.padding)
-MIXERS = (*CONVOLUTIONS, aten.linear.default)
+LINEARS = tuple(operators("linear"))
+MIXERS = (*CONVOLUTIONS, *LINEARS)
 BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default,)
 
 
@@ -45,7 +58,11 @@ class Program:
         batch: None where any batch size runs, else the size that the model insists on.
         groups: the channel groups, in order of their first producer; `prunable` false carries the reason.
         units: per group, class ids of its channels (position i is channel i).
-        dims: labels solved to classes, per tensor node and dimension.
+        dims: labels solved to classes, per tensor node and dimension; `parts` for every output of nodes with several.
+        atoms: for classes of a grid (heads x head size), the classes of which one suffices to remove it.
+        mixings: by operator, the classes of the channels that it makes and sums over.
+        reduced: classes that some operator looks at together, as a norm over channels does: a cut changes what it computes.
+        shuffles: nodes that reorder a dimension of an earlier one: (its name, axis, order).
     """
 
     module: GraphModule
@@ -56,6 +73,13 @@ class Program:
     branches: dict[str, Branch]
     shapes: dict[str, tuple[int, ...]]
     dims: dict[str, Dims] = field(repr=False)
+    parts: dict[str, list[Dims]] = field(repr=False, default_factory=dict)
+    atoms: dict[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
+    mixings: dict[str, Mixing] = field(repr=False, default_factory=dict)
+    reduced: frozenset[int] = field(repr=False, default_factory=frozenset)
+    shuffles: dict[str, tuple[str, int, list[int]]] = field(repr=False, default_factory=dict)
+    part_shapes: dict[str, list[tuple[int, ...]]] = field(repr=False, default_factory=dict)
+    classes: int = 0
 
     def group(self, name: str) -> ChannelGroup:
         return next(g for g in self.groups if g.name == name)
@@ -66,8 +90,23 @@ class Program:
 
     @cached_property
     def owner(self) -> dict[int, tuple[str, int]]:
-        """(group, channel) of every class that belongs to a group."""
-        return {int(c): (name, i) for name, classes in self.units.items() for i, c in enumerate(classes)}
+        """(group, channel) of every class that belongs to a group; of a grid's classes, that of the first prunable side."""
+        found = {int(c): (name, i) for name, classes in self.units.items() for i, c in enumerate(classes)}
+        prunable = {g.name for g in self.prunable}
+        for c, atoms in self.atoms.items():
+            sides = sorted((found[a] for a in atoms if a in found), key=lambda side: side[0] not in prunable)
+            if sides:
+                found[c] = sides[0]
+        return found
+
+    @cached_property
+    def inner(self) -> frozenset[str]:
+        """Groups that divide the channels of another group: of head sizes beside heads, for one."""
+        found = set()
+        for c, atoms in self.atoms.items():
+            outer = self.owner.get(c, ("", 0))[0]
+            found |= {self.owner[a][0] for a in atoms if a in self.owner and self.owner[a][0] != outer}
+        return frozenset(found)
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -78,8 +117,17 @@ class Program:
         entries = self.dims[node][axis]
         return [None] * self.shapes[node][axis] if entries is None else [self.owner.get(int(c)) for c in entries]
 
+    def gone(self, kept: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_]:
+        """For every class, whether a plan that keeps only these channels removes it."""
+        gone = np.zeros(self.classes, bool)
+        for name, indices in kept.items():
+            gone[np.delete(self.units[name], np.asarray(indices, np.int64))] = True
+        for c, atoms in self.atoms.items():
+            gone[c] = gone[list(atoms)].any()
+        return gone
+
     def form(self, entries: Entries) -> DimForm:
-        """How many of these entries a plan leaves, as a function of the widths."""
+        """How many of these entries a plan leaves, as a function of the widths (of outer groups: `inner` ones keep theirs)."""
         owners = Counter(self.owner[int(c)][0] if int(c) in self.owner else "" for c in entries)
         const = owners.pop("", 0)
         terms = tuple(sorted((name, count // len(self.units[name])) for name, count in owners.items()))
@@ -91,14 +139,23 @@ class Program:
         return {f for f in found if f.terms}
 
     def macs(self) -> int:
-        """Multiply-accumulates of convolutions and linears for one image."""
+        """Multiply-accumulates of convolutions, linears and matrix products for one image."""
         return sum(node_macs(self, n) for n in self.module.graph.nodes)
 
     def prunable_macs_share(self) -> float:
-        """Share of MACs in operators with at least one prunable side."""
-        sliced = {p.parameter for g in self.prunable for p in g.places}
+        """Share of MACs in operators that a plan can make smaller."""
+        free = np.zeros(self.classes, bool)
+        for group in self.prunable:
+            free[self.units[group.name]] = True
+        for c, atoms in self.atoms.items():
+            free[c] = free[list(atoms)].any()
+        part = 0
+        for node in self.module.graph.nodes:
+            mixing = self.mixings.get(node.name)
+            sides = [mixing.made, mixing.used, *self.dims.get(node.name, [])] if mixing else []
+            if any(side is not None and free[side].any() for side in sides):
+                part += node_macs(self, node)
         total = self.macs()
-        part = sum(node_macs(self, n) for n in self.module.graph.nodes if n.target in MIXERS and weight_of(n) in sliced)
         return part / total if total else 0.0
 
     def parameter_count(self) -> int:
@@ -113,16 +170,22 @@ def operand(node: Node, index: int) -> Node:
 
 
 def node_macs(program: Program, node: Node) -> int:
-    if node.target not in MIXERS:
-        return 0
-    out, weight = program.shapes[node.name], program.shapes[operand(node, 1).name]
-    per_output = int(np.prod(weight[1:]))
-    return int(np.prod(out[1:])) * per_output
-
-
-def example_input(shape: Sequence[int]) -> torch.Tensor:
-    """A standard normal input of this shape, always the same."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    """Multiply-accumulates of one operator for one image."""
+    if node.target in TRANSPOSED:
+        weight = program.shapes[operand(node, 1).name]
+        return int(np.prod(program.shapes[operand(node, 0).name][1:])) * int(np.prod(weight[1:]))
+    if node.target in MIXERS:
+        out, weight = program.shapes[node.name], program.shapes[operand(node, 1).name]
+        return int(np.prod(out[1:])) * int(np.prod(weight[1:]))
+    images = program.example.shape[0]
+    if node.target in PRODUCTS:
+        first = node.args[1 if "add" in str(node.target) else 0]
+        assert isinstance(first, Node)
+        return int(np.prod(program.shapes[node.name])) * program.shapes[first.name][-1] // images
+    if node.target in ATTENTION:
+        out, keys = program.shapes[node.name], program.shapes[operand(node, 1).name]
+        return int(np.prod(out[:-1])) * keys[-2] * (keys[-1] + out[-1]) // images
+    return 0
 
 
 def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
@@ -135,92 +198,20 @@ def trace(model: torch.nn.Module, example: torch.Tensor) -> Program:
     Raises:
         ModelError: torch.export refuses the model (its own message is kept), or the example does not fit it.
     """
-    model = model.eval()
-    wide = example[:1].expand(2, *example.shape[1:]).contiguous()
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            model(wide[:1])
-    except Exception as error:
-        raise ModelError(
-            f"The model does not run on an input of shape {tuple(example.shape)}: {first_line(error)}.",
-            "Pass the shape it was trained for, e.g. --input 1x3x224x224.",
-        ) from error
-    batch: int | None = None
-    try:
-        module = export(model, wide, dynamic=True)
-    except Exception:
-        batch = 1
-        try:
-            module = export(model, wide[:1], dynamic=False)
-        except Exception as error:
-            raise ModelError(
-                f"torch.export cannot trace this model: {first_line(error)}.",
-                "Branches on tensor values are the usual cause: run the same command with EDGEKIT_DEBUG=1 to see the line.",
-            ) from error
-    if batch is None:
-        held = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
-        batch = held if isinstance(held, int) else None
-    return analyse(module, wide[:batch] if batch else wide, batch)
+    return analyse(*capture(model, example))
 
 
-def export(model: torch.nn.Module, example: torch.Tensor, dynamic: bool) -> GraphModule:
-    """The unlifted, functional ATen graph of a model."""
-    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
-    # torch prints the graph of a failed attempt on stderr; the error carries what matters of it
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False).run_decompositions({})
-        module = program.module()
-    assert isinstance(module, GraphModule)
-    tidy(module)
-    return module
-
-
-def tidy(module: GraphModule) -> None:
-    """Drop the shape guards (surgery changes shapes on purpose), dead nodes and unused parameters."""
-    for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            node.replace_all_uses_with(None)
-            module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    used = {n.target for n in module.graph.nodes if n.op == "get_attr"}
-    for name in [n for n, _ in module.named_parameters(remove_duplicate=False)] + [n for n, _ in module.named_buffers()]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(owner), leaf)
-    module.recompile()
-
-
-def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
-    owner, _, leaf = path.rpartition(".")
-    value: torch.Tensor = getattr(module.get_submodule(owner), leaf)
-    return value
-
-
-class Shapes(Interpreter):
-    """Runs the program once and records the shape of every tensor."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: Node) -> object:
-        value = super().run_node(n)
-        kept = value[0] if isinstance(value, tuple) and n.target in BATCH_NORMS else value
-        if isinstance(kept, torch.Tensor):
-            self.found[n] = tuple(kept.shape)
-        return value
-
-
-def analyse(module: GraphModule, example: torch.Tensor, batch: int | None) -> Program:
+def analyse(module: GraphModule, example: torch.Tensor, batch: int | None, shapes: Shapes | None = None) -> Program:
     """Labels, groups and branches of a functional GraphModule."""
-    shapes = Shapes(module)
-    with torch.no_grad():
-        shapes.run(example)
+    shapes = shapes or known_shapes(module, example)
+    constants = {
+        n: value
+        for n in module.graph.nodes
+        if n.op == "get_attr" and (value := attribute(module, str(n.target))).dtype in (torch.int64, torch.int32)
+    }
+    shuffles, inside = find_shuffles(module, shapes.found)
     labels = Labels()
-    flow = Flow(labels, {}, shapes.found)
+    flow = Flow(labels, shapes.found, shapes.parts, constants, static_nodes(module), shuffles, inside)
     for node in module.graph.nodes:
         shape = shapes.found.get(node)
         if node.op == "get_attr" and shape is not None:
@@ -228,16 +219,50 @@ def analyse(module: GraphModule, example: torch.Tensor, batch: int | None) -> Pr
         elif node.op == "placeholder" and shape is not None:
             flow.dims[node] = [None] * len(shape)
         elif node.op == "call_function":
-            flow.dims[node] = propagate(flow, node)
+            propagate(flow, node)
         elif node.op == "output":
             flow.fix_all(node, "the network's output")
     share_attributes(flow, module)
-    classes, reasons = labels.classes()
-    dims: dict[str, Dims] = {n.name: [None if e is None else classes[e] for e in d] for n, d in flow.dims.items()}
-    groups, units = find_groups(module, dims, reasons)
-    branches = {g.name: b for g in groups if g.prunable and (b := find_branch(module, g, shapes.found))}
-    groups = tuple(with_floor(g, 0) if g.name in branches else g for g in groups)
-    return Program(module, example, batch, groups, units, branches, {n.name: s for n, s in shapes.found.items()}, dims)
+    solution = labels.solve()
+    return assemble(module, example, batch, flow, solution)
+
+
+def assemble(module: GraphModule, example: torch.Tensor, batch: int | None, flow: Flow, solution: Solution) -> Program:
+    """The program of a solved flow."""
+
+    def solved(entries: Entries | None) -> Entries | None:
+        return None if entries is None else solution.classes[entries]
+
+    mixings = {
+        name: Mixing(
+            made=solved(m.made), used=solved(m.used), weight=m.weight, attention=m.attention,
+            shared=tuple(solution.classes[e] for e in m.shared), sizes=tuple(solution.classes[e] for e in m.sizes),
+        )
+        for name, m in flow.mixings.items()
+    }  # fmt: skip
+    dims = {n.name: [solved(e) for e in d] for n, d in flow.dims.items()}
+    groups, units = Gatherer(module, dims, mixings, solution).groups()
+    finder = Branches(module, flow, dims, mixings)
+    branches = {g.name: b for g in groups if g.prunable and (b := finder.find(g, units[g.name], solution.atoms))}
+    looked = [solution.classes[entries].reshape(-1) for _, entries in flow.reduced]
+    reduced = {a for c in np.unique(np.concatenate(looked)).tolist() for a in solution.atoms.get(c, (c,))} if looked else set()
+    return Program(
+        module=module,
+        example=example,
+        batch=batch,
+        groups=tuple(msgspec.structs.replace(g, floor=0) if g.name in branches else g for g in groups),
+        units=units,
+        branches=branches,
+        shapes={n.name: s for n, s in flow.shapes.items()},
+        dims=dims,
+        parts={n.name: [[solved(e) for e in d] for d in parts] for n, parts in flow.parts.items()},
+        part_shapes={n.name: s for n, s in flow.part_shapes.items()},
+        atoms=solution.atoms,
+        mixings=mixings,
+        reduced=frozenset(reduced),
+        shuffles={n.name: (source.name, axis, order) for n, (source, axis, order) in flow.shuffles.items()},
+        classes=int(solution.classes.max(initial=-1)) + 1,
+    )
 
 
 def share_attributes(flow: Flow, module: GraphModule) -> None:
@@ -251,93 +276,210 @@ def share_attributes(flow: Flow, module: GraphModule) -> None:
                     flow.labels.equate(a, b, "")
 
 
-def with_floor(group: ChannelGroup, floor: int) -> ChannelGroup:
-    import msgspec
+class Gatherer:
+    """Gathers atoms that are made, used and held at the same places into groups."""
 
-    return msgspec.structs.replace(group, floor=floor)
+    def __init__(self, module: GraphModule, dims: dict[str, Dims], mixings: dict[str, Mixing], solution: Solution) -> None:
+        self.module, self.dims, self.mixings, self.solution = module, dims, mixings, solution
+        self.nodes = {n.name: n for n in module.graph.nodes}
+        self.grid = np.full(int(solution.classes.max(initial=-1)) + 1, -1)
+        self.grid[list(solution.atoms)] = np.arange(len(solution.atoms))
+        self.rows = list(solution.atoms.values())
 
+    def atoms(self, entries: Entries) -> Entries:
+        """Atoms of all entries, one after the other; as often as they occur."""
+        flat = entries.reshape(-1)
+        index = self.grid[flat]
+        if (index < 0).all():
+            return flat
+        rows = (self.rows[i] if i >= 0 else (c,) for c, i in zip(flat.tolist(), index.tolist(), strict=True))
+        return np.fromiter((a for row in rows for a in row), np.int64)
 
-def find_groups(
-    module: GraphModule, dims: dict[str, Dims], reasons: dict[int, str]
-) -> tuple[tuple[ChannelGroup, ...], dict[str, Entries]]:
-    """Classes that are produced and consumed at the same places form one group."""
-    touched: dict[int, Counter[tuple[str, int]]] = defaultdict(Counter)  # class -> (parameter, axis) -> entries
-    producers: dict[int, dict[str, None]] = defaultdict(dict)
-    consumers: dict[int, dict[str, None]] = defaultdict(dict)
-    order: dict[str, int] = {}
-    seen: set[tuple[str, int]] = set()
-    for position, node in enumerate(module.graph.nodes):
-        order[node.name] = position
-        if node.op == "get_attr" and node.name in dims:
-            for axis, entries in enumerate(dims[node.name]):
-                if entries is not None and (str(node.target), axis) not in seen:
-                    seen.add((str(node.target), axis))
-                    for c, count in zip(*np.unique(entries, return_counts=True), strict=True):
-                        touched[int(c)][str(node.target), axis] += int(count)
-        elif node.target in MIXERS:
-            weight = dims[operand(node, 1).name]
-            depthwise = node.target in CONVOLUTIONS and argument(node, 6, "groups", 1) != 1
-            for c in np.unique(weight[0]):  # type: ignore[arg-type]
-                if not depthwise:
-                    producers[int(c)][node.name] = None
-            if not depthwise:
-                for c in np.unique(weight[1]):  # type: ignore[arg-type]
-                    consumers[int(c)][node.name] = None
-    signatures: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    first_entry: dict[int, int] = {}
-    for node in module.graph.nodes:  # channels are numbered as the first producer numbers them
-        if node.target in MIXERS:
-            for c in dims[operand(node, 1).name][0]:  # type: ignore[union-attr]
-                first_entry.setdefault(int(c), len(first_entry))
-    for c in sorted(first_entry, key=first_entry.__getitem__):
-        if producers[c] and (consumers[c] or c in reasons):
-            key = (reasons.get(c, ""), frozenset(touched[c].items()), tuple(producers[c]), tuple(consumers[c]))
-            signatures[key].append(c)
-    groups: list[ChannelGroup] = []
-    units: dict[str, Entries] = {}
-    for members in signatures.values():
-        c = members[0]
-        made, used = list(producers[c]), list(consumers[c])
-        node = next(n for n in module.graph.nodes if n.name == made[0])
-        name = str(operand(node, 1).target).removesuffix(".weight")
-        name = name if name not in units else f"{name}:{sum(u.split(':')[0] == name for u in units)}"
-        kind: GroupKind = "residual" if len(made) > 1 else "neurons" if node.target is aten.linear.default else "conv"
-        places = tuple(Place(parameter=p, axis=a, elements=k) for (p, a), k in sorted(touched[c].items()))
-        reason = reasons.get(c, "")
-        units[name] = np.asarray(members)
-        groups.append(
-            ChannelGroup(
-                name=name, kind=kind, width=len(members), floor=1, places=places, producers=tuple(made), consumers=tuple(used),
-                prunable=not reason, reason=reason,
+    def incidence(self) -> tuple[list[tuple[str, int]], dict[int, bytes], dict[int, list[tuple[int, int]]]]:
+        """(places, per atom a key of the places that hold it, per atom those places with the number of entries)."""
+        places: list[tuple[str, int]] = []
+        atoms, at, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        seen: set[tuple[str, int]] = set()
+        for node in self.module.graph.nodes:
+            if node.op != "get_attr" or node.name not in self.dims:
+                continue
+            for axis, entries in enumerate(self.dims[node.name]):
+                if entries is None or (str(node.target), axis) in seen:
+                    continue
+                seen.add((str(node.target), axis))
+                found, count = np.unique(self.atoms(entries), return_counts=True)
+                atoms.append(found)
+                at.append(np.full(len(found), len(places)))
+                counts.append(count)
+                places.append((str(node.target), axis))
+        return places, *by_atom(np.concatenate(atoms), np.concatenate(at), np.concatenate(counts))
+
+    def touching(self) -> tuple[dict[int, list[str]], dict[int, list[str]], dict[int, int]]:
+        """(producers, consumers, rank in order of production) of every atom."""
+        made: dict[int, list[str]] = {}
+        used: dict[int, list[str]] = {}
+        rank: dict[int, int] = {}
+        for node in self.module.graph.nodes:
+            mixing = self.mixings.get(node.name)
+            if mixing is None:
+                continue
+            out = [] if mixing.made is None else list(dict.fromkeys(self.atoms(mixing.made).tolist()))
+            into = [] if mixing.used is None else list(dict.fromkeys(self.atoms(mixing.used).tolist()))
+            through = set(out) & set(into) if node.target in (*CONVOLUTIONS, *TRANSPOSED) and conv_groups(node) > 1 else set()
+            for a in out:
+                rank.setdefault(a, len(rank))
+                if a not in through:
+                    made.setdefault(a, []).append(node.name)
+            for a in into:
+                if a not in through:
+                    used.setdefault(a, []).append(node.name)
+        return made, used, rank
+
+    def kinds(self) -> dict[int, GroupKind]:
+        """Atoms that attention computes side by side, or sums over within each."""
+        found: dict[int, GroupKind] = {}
+        sides = {a for row in self.rows for a in row}
+        for mixing in self.mixings.values():
+            if mixing.attention:
+                inner: list[Entries] = [e for e in (mixing.used, *mixing.sizes) if e is not None]
+                for a in {a for entries in mixing.shared for a in self.atoms(entries).tolist()} & sides:
+                    found.setdefault(a, "heads")
+                for a in {a for entries in inner for a in self.atoms(entries).tolist()} & sides:
+                    found.setdefault(a, "head_dim")
+        return found
+
+    def groups(self) -> tuple[tuple[ChannelGroup, ...], dict[str, Entries]]:
+        places, keys, held = self.incidence()
+        made, used, rank = self.touching()
+        kinds, reasons = self.kinds(), self.solution.reasons
+        members: dict[tuple[object, ...], list[int]] = {}
+        sides: dict[int, tuple[int, int]] = {}  # which side of how fine a grid
+        for row in self.rows:
+            for i, a in enumerate(row):
+                sides[a] = max(sides.get(a, (0, 0)), (len(row), i))
+        selectors = {a for row in self.rows for a in row if a in reasons and any(other not in reasons for other in row)}
+        for a in sorted(made.keys() - selectors, key=rank.__getitem__):
+            if (a in used or a in reasons) and reasons.get(a) != SINGLE:
+                key = (reasons.get(a, ""), keys.get(a, b""), tuple(made[a]), tuple(used.get(a, ())), kinds.get(a), sides.get(a))
+                members.setdefault(key, []).append(a)
+        found: list[ChannelGroup] = []
+        units: dict[str, Entries] = {}
+        for same in members.values():
+            a = same[0]
+            kind = kinds.get(a) or self.kind(made[a])
+            name = unused(self.name(made[a][0]) + (f":{kind}" if kind in ("heads", "head_dim") else ""), units)
+            units[name] = np.asarray(same)
+            found.append(
+                ChannelGroup(
+                    name=name,
+                    kind=kind,
+                    width=len(same),
+                    floor=1,
+                    places=tuple(
+                        Place(parameter=p, axis=d, elements=k) for (p, d), k in sorted((places[i], k) for i, k in held[a])
+                    ),
+                    producers=tuple(made[a]),
+                    consumers=tuple(used.get(a, ())),
+                    prunable=a not in reasons,
+                    reason=reasons.get(a, ""),
+                )
             )
-        )  # fmt: skip
-    groups.sort(key=lambda g: order[g.producers[0]])
-    return tuple(groups), units
+        order = {name: i for i, name in enumerate(self.nodes)}
+        found.sort(key=lambda g: order[g.producers[0]])
+        return tuple(found), units
+
+    def kind(self, producers: Sequence[str]) -> GroupKind:
+        if len(producers) > 1:
+            return "residual"
+        return "conv" if self.nodes[producers[0]].target in (*CONVOLUTIONS, *TRANSPOSED) else "neurons"
+
+    def name(self, producer: str) -> str:
+        """Path of the parameter that makes the channels, without `.weight`."""
+        node = self.mixings[producer].weight
+        while node is not None and node.op != "get_attr":
+            node = node.all_input_nodes[0] if node.all_input_nodes else None
+        return str(node.target).removesuffix(".weight").removesuffix("_weight") if node is not None else producer
 
 
-def find_branch(module: GraphModule, group: ChannelGroup, shapes: dict[Node, tuple[int, ...]]) -> Branch | None:
-    """The residual addition that a group's only consumer feeds through channelwise operators, if there is one."""
-    if len(group.consumers) != 1:
+def by_atom(atoms: Entries, at: Entries, counts: Entries) -> tuple[dict[int, bytes], dict[int, list[tuple[int, int]]]]:
+    order = np.lexsort((at, atoms))
+    atoms, at, counts = atoms[order], at[order], counts[order]
+    if not len(atoms):
+        return {}, {}
+    starts = np.flatnonzero(np.r_[True, atoms[1:] != atoms[:-1]])
+    keys, held = {}, {}
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(atoms)], strict=True):
+        a = int(atoms[start])
+        keys[a] = at[start:end].tobytes() + counts[start:end].tobytes()
+        held[a] = list(zip(at[start:end].tolist(), counts[start:end].tolist(), strict=True))
+    return keys, held
+
+
+def unused(name: str, known: dict[str, Entries]) -> str:
+    """The name, numbered where it is taken."""
+    found, i = name, 0
+    while found in known:
+        i += 1
+        found = f"{name}:{i}"
+    return found
+
+
+class Branches:
+    """Finds residual branches that can go whole: an addition, one operand of which vanishes with all channels of a group."""
+
+    PASSING = (*BATCH_NORMS, *operators("dropout", "clone", "alias", "contiguous"), *PERMUTES, *VIEWS)
+
+    def __init__(self, module: GraphModule, flow: Flow, dims: dict[str, Dims], mixings: dict[str, Mixing]) -> None:
+        self.flow, self.mixings = flow, mixings
+        self.nodes = {n.name: n for n in module.graph.nodes}
+        self.output = next(n for n in module.graph.nodes if n.op == "output")
+        self.holders: dict[int, list[Node]] = {}  # nodes whose tensor has entries of a class
+        for name, entries in ((name, e) for name, d in dims.items() for e in d if e is not None):
+            if self.nodes[name].op == "call_function":
+                for c in np.unique(entries).tolist():
+                    self.holders.setdefault(c, []).append(self.nodes[name])
+
+    def find(self, group: ChannelGroup, members: Entries, grids: Mapping[int, Sequence[int]]) -> Branch | None:
+        """The branch of a group: its addition, and the operand without which no channel of the group is left."""
+        whole = {int(c) for c in members} | {c for c, atoms in grids.items() if any(a in members for a in atoms)}
+        for name in group.consumers:
+            used = self.mixings[name].used
+            if used is None or not whole.issuperset(np.unique(used).tolist()):
+                continue  # it reads other groups too
+            branch = self.behind(self.nodes[name])
+            if branch and not self.alive(branch).intersection(n for c in whole for n in self.holders.get(c, ())):
+                return branch
         return None
-    node = next(n for n in module.graph.nodes if n.name == group.consumers[0])
-    passing = (*BATCH_NORMS, aten.dropout.default, aten.clone.default, aten.alias.default)
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target is aten.add.Tensor and not user.kwargs:
-            a, b = user.args
-            rest = b if a is node else a
-            whole = isinstance(rest, Node) and rest is not node and shapes.get(rest) == shapes[user] == shapes[node]
-            return Branch(user.name, node.name) if whole else None
-        if user.target not in passing and not (str(user.target).find("getitem") >= 0 and node.target in BATCH_NORMS):
-            return None
-        node = user
-    return None
 
+    def behind(self, node: Node) -> Branch | None:
+        """The addition that a node feeds through operators that keep channels apart."""
+        shapes = self.flow.shapes
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if user.target is aten.add.Tensor and not user.kwargs:
+                rest = user.args[1] if user.args[0] is node else user.args[0]
+                same = isinstance(rest, Node) and rest is not node and shapes.get(rest) == shapes[user] == shapes[node]
+                return Branch(user.name, node.name) if same else None
+            scaled = user.target is aten.mul.Tensor and all(
+                a is node or not isinstance(a, Node) or a in self.flow.static for a in user.args
+            )
+            normed = user.target is operator.getitem and node.target in BATCH_NORMS
+            if user.target not in self.PASSING and not scaled and not normed:
+                return None
+            node = user
+        return None
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception, without a trailing stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+    def alive(self, branch: Branch) -> set[Node]:
+        """What the output needs once the branch is gone."""
+        found: set[Node] = set()
+        waiting = [self.output]
+        while waiting:
+            node = waiting.pop()
+            if node in found:
+                continue
+            found.add(node)
+            waiting += [n for n in node.all_input_nodes if node.name != branch.join or n.name != branch.end]
+        return found
 
 
 def find_place(group: ChannelGroup, parameter: str, axis: int) -> Place | None:

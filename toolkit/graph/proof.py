@@ -1,62 +1,154 @@
 """The proof of a cut: what the sliced program computes is what the dense one computes without the removed channels.
 
-The reference is the dense program in float64, run operator by operator, in which every consumer sees zeros in place of the
-removed channels (and a dropped branch adds zeros). It knows nothing of slicing: no parameter is cut, no shape constant is
-rewritten. Run on the model's own parameters and again with every parameter and running statistic re-randomised, because dead
-channels and zero biases would hide a wrong slice.
+The reference is the dense program in float64, run operator by operator. An operator that sums over channels sees zeros in place
+of the removed ones; one that looks at all channels together (a norm, a softmax, a mean) is restricted to those that stay; a
+dropped branch adds zeros. It knows nothing of slicing: no parameter is cut, no shape constant is rewritten. Run on the model's
+own parameters and again with every parameter and running statistic re-randomised, because dead channels and zero biases would
+hide a wrong slice.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from toolkit.errors import ProofError
-from toolkit.graph.program import MIXERS, Program, attribute
-from toolkit.graph.rules import argument
-from toolkit.graph.surgery import apply, slice_parameters
+from toolkit.graph.program import Program
+from toolkit.graph.rules.core import argument, operators
+from toolkit.graph.rules.mixing import ATTENTION, CONVOLUTIONS, PRODUCTS, TRANSPOSED
+from toolkit.graph.rules.reducing import GROUP_NORMS, LAYER_NORMS, PAIRED_REDUCTIONS, REDUCTIONS, SOFTMAXES, reduced_axes
+from toolkit.graph.surgery import apply, shared_copy, slice_parameters
 
 TOLERANCE = 1e-9
+LARGE_MACS = 2e9  # from here on one image has to do
+LINEARS = tuple(operators("linear"))
 
 
 class Masked(Interpreter):
-    """The dense program; consumers see zeros where channels are removed."""
+    """The dense program without the removed channels, whose entries hold anything and reach nobody."""
 
-    def __init__(self, module: GraphModule, masks: Mapping[str, torch.Tensor], dropped: Mapping[str, str]) -> None:
+    def __init__(self, program: Program, module: GraphModule, kept: Mapping[str, Sequence[int]]) -> None:
         super().__init__(module)
-        self.masks, self.dropped = masks, dropped
+        self.program, self.kept = program, kept
+        self.gone = removed(program, kept)
+        self.dropped = {program.branches[name].end for name, indices in kept.items() if not len(indices)}
+
+    def stays(self, node: Any, axis: int) -> torch.Tensor | None:
+        """Positions that stay along a dimension of a node's output; None where all do."""
+        dims = self.program.dims.get(node.name) if isinstance(node, Node) else None
+        entries = dims[axis] if dims else None
+        if entries is None or not self.gone[entries].any():
+            return None
+        return torch.from_numpy(np.flatnonzero(~self.gone[entries]))
+
+    def silenced(self, value: torch.Tensor, node: Any, axis: int) -> torch.Tensor:
+        """Zeros at the removed entries."""
+        stay = self.stays(node, axis)
+        if stay is None:
+            return value
+        return torch.zeros_like(value).index_copy(axis, stay, value.index_select(axis, stay))
 
     def run_node(self, n: Node) -> object:
-        if n.name in self.masks:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = self.call_function(n.target, (args[0] * self.masks[n.name], *args[1:]), kwargs)
-        else:
-            value = super().run_node(n)
-        return torch.zeros_like(value) if n.name in self.dropped else value
+        value = self.reference(n)
+        if n.name in self.dropped:
+            assert isinstance(value, torch.Tensor)
+            return torch.zeros_like(value)
+        return value
+
+    def reference(self, n: Node) -> Any:
+        """The operator's output, with what is removed kept out of it."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        values = list(args)
+        if n.target in (*CONVOLUTIONS, *TRANSPOSED):
+            for axis in range(1, values[0].ndim):
+                values[0] = self.silenced(values[0], n.args[0], axis)
+        elif n.target in LINEARS:
+            values[0] = self.silenced(values[0], n.args[0], -1)
+        elif n.target in PRODUCTS:
+            first = 1 if len(values) > 2 else 0
+            values[first] = self.silenced(values[first], n.args[first], -1)
+            second = values[first + 1]
+            values[first + 1] = self.silenced(second, n.args[first + 1], -2 if second.ndim > 1 else 0)
+        elif n.target in ATTENTION:
+            values[:2] = [self.silenced(value, node, -1) for value, node in zip(values[:2], n.args[:2], strict=True)]
+        elif n.target in LAYER_NORMS:
+            return self.normed(n, values, kwargs, range(-len(values[1]), 0))
+        elif n.target in GROUP_NORMS:
+            return self.group_normed(n, values, kwargs)
+        elif n.target in SOFTMAXES:
+            return self.restricted(n, values, kwargs, argument(n, 1, "dim"))
+        elif n.target in (*REDUCTIONS, *PAIRED_REDUCTIONS):
+            for axis in reduced_axes(n, values[0].ndim):
+                stay = self.stays(n.args[0], axis)
+                values[0] = values[0] if stay is None else values[0].index_select(axis, stay)
+        return self.plain(n, values, kwargs)
+
+    def plain(self, n: Node, values: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The operator as it is, on these arguments."""
+        return super().call_function(n.target, tuple(values), kwargs)
+
+    def restricted(self, n: Node, values: list[Any], kwargs: dict[str, Any], axis: int) -> Any:
+        """The operator on the entries that stay along a dimension, put back in their places."""
+        stay = self.stays(n.args[0], axis)
+        if stay is None:
+            return self.plain(n, values, kwargs)
+        found = self.plain(n, [values[0].index_select(axis, stay), *values[1:]], kwargs)
+        return torch.zeros_like(values[0]).index_copy(axis, stay, found)
+
+    def normed(self, n: Node, values: list[Any], kwargs: dict[str, Any], axes: Sequence[int]) -> Any:
+        """A layer norm over the entries that stay: statistics of those, their own scale and shift."""
+        whole, places = values[0], []
+        for axis in axes:
+            stay = self.stays(n.args[0], axis)
+            if stay is not None:
+                places.append((axis, stay))
+                values = [v.index_select(axis, stay) if isinstance(v, torch.Tensor) else v for v in values]
+        values[1] = list(values[0].shape[-len(values[1]) :])
+        found = self.plain(n, values, kwargs)
+        for axis, stay in places:
+            shape = list(found.shape)
+            shape[axis] = whole.shape[axis]
+            found = found.new_zeros(shape).index_copy(axis, stay, found)
+        return found
+
+    def group_normed(self, n: Node, values: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Each group's statistics over its channels that stay, one group at a time."""
+        stay = self.stays(n.args[0], 1)
+        if stay is None:
+            return self.plain(n, values, kwargs)
+        x, groups, weight, bias, eps = (*values, *[None] * 5)[:5]
+        eps = kwargs.get("eps", 1e-5) if eps is None else eps
+        found = torch.zeros_like(x)
+        share = x.shape[1] // groups
+        for g in range(groups):
+            mine = stay[(stay >= g * share) & (stay < (g + 1) * share)]
+            if len(mine):
+                part = x[:, mine].flatten(1)
+                part = (part - part.mean(1, keepdim=True)) / (part.var(1, keepdim=True, correction=0) + eps).sqrt()
+                part = part.reshape(x[:, mine].shape)
+                vector = [1, -1] + [1] * (x.ndim - 2)
+                part = part if weight is None else part * weight[mine].reshape(vector)
+                found[:, mine] = part if bias is None else part + bias[mine].reshape(vector)
+        return found
 
 
-def consumer_masks(program: Program, kept: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-    """For every operator that mixes a pruned group: a 0/1 tensor that broadcasts over its input."""
-    stays = {name: set(indices) for name, indices in kept.items()}
-    masks = {}
-    for node in program.module.graph.nodes:
-        if node.target not in MIXERS or argument(node, 6, "groups", 1) != 1:
-            continue
-        source = node.args[0]
-        assert isinstance(source, Node)
-        rank = len(program.shapes[source.name])
-        axis = rank - 1 if node.target is torch.ops.aten.linear.default else 1
-        owners = program.channels(source.name, axis)
-        mask = torch.tensor(
-            [0.0 if o and o[0] in stays and o[1] not in stays[o[0]] else 1.0 for o in owners], dtype=torch.float64
-        )
-        if (mask == 0).any():
-            masks[node.name] = mask.reshape([-1 if d == axis else 1 for d in range(rank)])
-    return masks
+def removed(program: Program, kept: Mapping[str, Sequence[int]]) -> npt.NDArray[np.bool_]:
+    """For every class, whether it goes: its own channel is not kept, or one side of its grid is not."""
+    lost = np.zeros(program.classes, bool)
+    for name, indices in kept.items():
+        stay = set(indices)
+        lost[[c for i, c in enumerate(program.units[name]) if i not in stay]] = True
+    sides = {c: lost[list(atoms)].any() for c, atoms in program.atoms.items()}
+    lost[list(sides)] = list(sides.values())
+    return lost
 
 
 def randomised(module: GraphModule, seed: int) -> GraphModule:
@@ -100,11 +192,13 @@ def error(program: Program, sliced: Program, kept: Mapping[str, Sequence[int]], 
     cut = copy.deepcopy(sliced.module).double()
     if not own:
         transfer(program, dense, cut, kept)
-    shape = program.example.shape
+    images = 1 if program.batch is None and program.macs() > LARGE_MACS else len(program.example)
+    shape = (images, *program.example.shape[1:])
+    widen(dense)
+    widen(cut)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    dropped = {program.branches[name].end: name for name, indices in kept.items() if not len(indices)}
     with torch.no_grad():
-        reference = Masked(dense, consumer_masks(program, kept), dropped).run(x)
+        reference = Masked(program, dense, kept).run(x)
         result = cut(x)
     pairs = list(zip(flat(reference), flat(result), strict=True))
     if any(a.shape != b.shape for a, b in pairs):
@@ -113,18 +207,24 @@ def error(program: Program, sliced: Program, kept: Mapping[str, Sequence[int]], 
     return worst if np.isfinite(worst) else float("inf")
 
 
+def widen(module: GraphModule) -> None:
+    """Casts to float32 within the program become casts to float64."""
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(torch.float64 if a is torch.float32 else a for a in node.args)
+            node.kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in node.kwargs.items()}
+    module.recompile()
+
+
 def transfer(program: Program, dense: GraphModule, cut: GraphModule, kept: Mapping[str, Sequence[int]]) -> None:
     """Give the sliced program the randomised parameters, sliced by the same surgery code that is on trial."""
-    from toolkit.graph.surgery import removed_classes
-
-    donor = copy.deepcopy(dense)
-    alive = {n.name for n in program.module.graph.nodes}
-    slice_parameters(program, donor, removed_classes(program, kept), alive)
+    donor = shared_copy(dense)
+    slice_parameters(program, donor, removed(program, kept), {n.name for n in program.module.graph.nodes})
+    drawn = donor.state_dict()
     with torch.no_grad():
         for name, value in cut.state_dict().items():
-            drawn = attribute(donor, name)
-            if value.shape == drawn.shape:
-                value.copy_(drawn)
+            if name in drawn and value.shape == drawn[name].shape:
+                value.copy_(drawn[name])
 
 
 def culprit(program: Program, kept: Mapping[str, Sequence[int]], seed: int) -> str:

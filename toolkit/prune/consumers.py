@@ -19,6 +19,7 @@ from toolkit.graph.labels import Entries
 from toolkit.graph.program import BATCH_NORMS, operand, weight_of
 from toolkit.graph.rules import argument, aten
 from toolkit.prune.engine import Values
+from toolkit.schema import ChannelGroup
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ def consumer(program: Program, node: Node) -> Consumer | None:
         window=window,
         channels=program.shapes[operand(node, 1).name][1],
     )
+
+
+def unscored(program: Program, group: ChannelGroup) -> str:
+    """Why the effect of the group's channels cannot be had by taking them from their consumers; "" where it can."""
+    if group.name in program.inner:
+        return "it divides the channels of another group; the number of those is what is allocated"
+    if program.reduced.intersection(program.units[group.name].tolist()):
+        return "an operator looks at all its channels together; a cut would change it in ways not measured yet"
+    if any(consumer(program, program.nodes[n]) is None for n in group.consumers):
+        return "a consumer of it is neither a plain convolution nor a linear"
+    return ""
+
+
+def scored(program: Program) -> tuple[ChannelGroup, ...]:
+    """Prunable groups whose channels can be scored."""
+    return tuple(g for g in program.prunable if not unscored(program, g))
 
 
 def can_shift(c: Consumer) -> bool:

@@ -28,6 +28,7 @@ from scipy.stats import t as student
 
 from toolkit.graph import Program
 from toolkit.graph.program import operand
+from toolkit.prune.consumers import scored
 from toolkit.prune.engine import Cached, Engine, chunked, joined
 from toolkit.schema import Category, CategoryCounts, Effect
 
@@ -64,18 +65,18 @@ class Sensitivity:
 def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: int = 0) -> Sensitivity:
     """First-order effects of all channels of all prunable groups, and importance of every consumer's output channels."""
     indices: dict[str, list[tuple[str, torch.Tensor, torch.Tensor, int]]] = {}
-    for group in program.prunable:
+    for group in scored(program):
         for name in group.consumers:
             weight_node = operand(program.nodes[name], 1).name
             owners = program.channels(weight_node, 1)
             at = [(i, o[1]) for i, o in enumerate(owners) if o and o[0] == group.name]
             where, channel = torch.tensor(at).T
             indices.setdefault(name, []).append((group.name, where, channel, len(owners)))
-    parts: dict[str, list[Array]] = {g.name: [] for g in program.prunable}
+    parts: dict[str, list[Array]] = {g.name: [] for g in scored(program)}
     importance: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     for chunk in chunked(program, images):
-        masks = {g.name: torch.ones(len(chunk), g.width, requires_grad=True) for g in program.prunable}
+        masks = {g.name: torch.ones(len(chunk), g.width, requires_grad=True) for g in scored(program)}
         outputs_of: dict[str, torch.Tensor] = {}
 
         def hook(node: torch.fx.Node, args: tuple[object, ...]) -> tuple[object, ...]:
@@ -179,12 +180,12 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     """
     program, engine = cached.engine.program, cached.engine
     images, few = len(cached.images), min(INTERVENTION_IMAGES, len(cached.images))
-    keys = [(g.name, n) for g in program.prunable for n in range(g.width)]
+    keys = [(g.name, n) for g in scored(program) for n in range(g.width)]
     screened = {(g, n): sensitivity.effects[g][:images, n] for g, n in keys}
     tests = {k: paired_test(v) for k, v in screened.items()}
     total = len(engine.steps)
     share = {
-        g.name: (1.0 - cached.restart(first_consumer(program, engine, g.name)) / total) * few / images for g in program.prunable
+        g.name: (1.0 - cached.restart(first_consumer(program, engine, g.name)) / total) * few / images for g in scored(program)
     }
     doubtful = sorted(keys, key=lambda k: doubt(tests[k]))
     relative: dict[tuple[str, int], Array] = {}

@@ -16,8 +16,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from toolkit.graph import Program
-from toolkit.graph.program import BATCH_NORMS, attribute
 from toolkit.graph.proof import flat
+from toolkit.graph.tracing import attribute
 
 Values = dict[str, torch.Tensor]
 
@@ -43,8 +43,8 @@ def layout(program: Program) -> Layout:
     last_use = {n.name: max((position[u.name] for u in n.users if u.name in position), default=-1) for n in steps}
     cuts, open_until = [], -1
     for i, node in enumerate(steps[:-1]):
-        if node.name in program.shapes:
-            if open_until <= i and node.target not in BATCH_NORMS:
+        if node.name in program.shapes or node.name in program.parts:
+            if open_until <= i and program.shapes.get(node.name, ())[:1] == program.example.shape[:1]:
                 cuts.append(i)
             open_until = max(open_until, last_use[node.name])
     return Layout(steps, position, last_use, cuts)
@@ -120,8 +120,16 @@ class Engine:
         if node.op == "get_attr":
             return self.params[str(node.target)]
         if node.name not in env and node.name not in self.program.shapes:
-            return value.shape[0]  # a symbolic size: the only dynamic dimension is the batch
+            return self._size(node, len(value))
         return env[node.name]
+
+    def _size(self, node: Node, images: int) -> Any:
+        """A size that depends on the batch, the only dynamic dimension."""
+        if node.target is torch.ops.aten.sym_size.int:
+            source, axis = node.args
+            assert isinstance(source, Node) and isinstance(axis, int)
+            return self.program.shapes[source.name][axis] * images // len(self.program.example)
+        return node.target(*map_arg(node.args, lambda n: self._size(n, images)))  # type: ignore[operator]
 
     def fetch(self, node: Node, env: dict[str, object], value: torch.Tensor) -> tuple[object, ...]:
         return tuple(map_arg(node.args, lambda n: self._value(n, env, value)))

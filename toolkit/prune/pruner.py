@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from toolkit.graph import Program, apply, prove
-from toolkit.prune.consumers import consumer
+from toolkit.prune.consumers import unscored
 from toolkit.prune.effects import Sensitivity, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
 from toolkit.prune.repair import Repaired, outputs, repair
@@ -203,7 +203,10 @@ def held_groups(program: Program) -> dict[str, str]:
         if len(form.terms) > 1:
             for name, _ in form.terms:
                 held[name] = "its channels share a dimension with another group's; such sums are not allocated yet"
+    permuted = {program.form(e) for n, (_, axis, _) in program.shuffles.items() if (e := program.dims[n][axis]) is not None}
     for group in program.prunable:
-        if any(consumer(program, program.nodes[n]) is None for n in group.consumers):
-            held.setdefault(group.name, "a consumer of it is neither a plain convolution nor a linear")
+        if reason := unscored(program, group):
+            held.setdefault(group.name, reason)
+        if any(group.name == name for form in permuted for name, _ in form.terms):
+            held.setdefault(group.name, "its channels are reordered on the way; latency variants do not follow that yet")
     return held
