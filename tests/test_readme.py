@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_the_files_of_the_file_map_exist() -> None:
                 assert (ROOT / path).exists(), path
         if not found.group(1):
             inside = found.group(2).split()[0]
+
+
+def test_the_lines_of_python_run() -> None:
+    import patterns
+    import torch
+
+    block = re.search(
+        r"\n((?:    (?:from toolkit|\S).*\n|\n)*?    as_module.*\n)", README[README.index("    from toolkit.graph") - 1 :]
+    )
+    assert block
+    known = {"model": patterns.Residual(), "images": torch.zeros(2, 3, 224, 224)}
+    exec(textwrap.dedent(block[1]), known)
+    assert known["smaller"].macs() < known["program"].macs()
 
 
 @pytest.mark.slow
