@@ -1166,7 +1166,7 @@ def examine(recipe: Recipe, most: int | None = None) -> Findings:
 def owner(group: str) -> str:
     """The piece of a group, from its name."""
     names = [part.rstrip("0123456789") for part in group.split(".")]
-    return next((name for name in names if name in PIECES), "head" if names[0] == "head" else group)
+    return next((name for name in names if name in PIECES), "head" if names[0] == "head" else names[0].split("_")[0])
 
 
 def cut(program: Program, plan: dict[str, list[int]], seed: int, found: Findings, which: str = "") -> Program:

@@ -24,7 +24,7 @@ PARTS = st.tuples(st.lists(parts(["plain"]), max_size=1), st.lists(parts(PIECES)
 RECIPES = st.builds(Recipe, st.sampled_from(SIZES), PARTS, parts(HEADS), st.integers(0, 99))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(RECIPES)
 def test_a_few_random_networks_are_cut_exactly(recipe) -> None:
     examine(recipe, 1)
@@ -42,6 +42,7 @@ def test_a_recipe_is_read_back_from_its_text(recipe) -> None:
     assert Recipe.parse(str(recipe)) == recipe
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(RECIPES)
 def test_every_recipe_is_a_network(recipe) -> None:

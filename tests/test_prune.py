@@ -37,7 +37,11 @@ def images(count: int = 24, seed: int = 0) -> torch.Tensor:
 # --- engine ---------------------------------------------------------------------------------------------------------------
 
 
-PLAIN = [p for p in patterns.PATTERNS if p.__module__ in ("patterns.streams", "patterns.joins") and patterns.SHAPES[p] == SHAPE]
+PLAIN = [
+    pytest.param(p, marks=[pytest.mark.slow] if i % 5 else [])
+    for i, p in enumerate(patterns.PATTERNS)
+    if p.__module__ in ("patterns.streams", "patterns.joins") and patterns.SHAPES[p] == SHAPE
+]
 
 
 @pytest.mark.parametrize("pattern", PLAIN)

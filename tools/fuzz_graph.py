@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,8 @@ def results(first: int, end: int) -> Iterator[dict[str, Any]]:
             process.wait()
             trouble.seek(0)
             text = f"process: ended with {process.returncode}: {trouble.read()[-400:].strip()}"
+        if process.returncode in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
+            return  # somebody stopped it; the seed is still to do
         if first < end:
             yield {"seed": first, "recipe": str(recipe(first)), "stage": "process", "error": text, "smallest": "", "why": ""}
             first += 1
@@ -132,7 +135,7 @@ class Tally:
         self.kept: dict[str, Any] = {"first_seed": start, "next_seed": start, "largest_error": 0.0, "seconds": 0.0}
         self.kept |= dict.fromkeys(COUNTS, 0) | {name: {} for name in TALLIES} | {"failures": []}
         if output and output.exists():
-            self.kept = json.loads(output.read_text())
+            self.kept = {k: v for k, v in json.loads(output.read_text()).items() if k != "summary"}
 
     def add(self, found: dict[str, Any], seconds: float) -> None:
         self.pending[found["seed"]] = found
@@ -164,7 +167,7 @@ class Tally:
         kept = self.kept
         return (
             f"{kept['programs']} programs, {kept['prunable_groups']} prunable groups, {kept['cuts_proved']} cuts proved,"
-            f" largest error {kept['largest_error']:.1e}, {len(kept['failures'])} failures"
+            f" largest error {kept['largest_error']:.1e}, failures: {len(kept['failures'])}"
         )
 
     def text(self) -> str:
@@ -178,7 +181,7 @@ def plain(held: dict[str, int]) -> dict[str, int]:
     """The same counts with the names of nodes left out of the reasons."""
     found: Counter[str] = Counter()
     for text, n in held.items():
-        found[text.split(" at ")[0] if " at " in text else text] += n
+        found[text.split(" at ")[0]] += n
     return found
 
 
@@ -187,8 +190,9 @@ def search(count: int, jobs: int, tally: Tally) -> None:
     start, end = tally.kept["next_seed"], tally.kept["next_seed"] + count
     chunks: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     done: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    for first in range(start, end, CHUNK):
-        chunks.put((first, min(first + CHUNK, end)))
+    chunk = min(CHUNK, -(-count // jobs))
+    for first in range(start, end, chunk):
+        chunks.put((first, min(first + chunk, end)))
 
     def worker() -> None:
         try:
