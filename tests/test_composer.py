@@ -31,7 +31,7 @@ def test_a_few_random_networks_are_cut_exactly(recipe) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(RECIPES)
 def test_many_random_networks_are_cut_exactly(recipe) -> None:
     examine(recipe, 1)
@@ -54,15 +54,14 @@ def test_every_recipe_is_a_network(recipe) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIECES)
 def test_every_piece_by_itself(name) -> None:
-    for option in (0, 1):
-        examine(Recipe(8, (Part("plain", 6, 0), Part(name, 8, option)), Part("pooled", 4, 0)), 1)
+    examine(Recipe(8, (Part("plain", 6, 0), Part(name, 8, 0)), Part("pooled", 4, 0)), 1)
 
 
 @pytest.mark.slow
 def test_few_networks_have_nothing_to_prune() -> None:
-    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(50))]
+    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(15))]
     assert statistics.median(found) >= 3
-    assert found.count(0) <= 5
+    assert found.count(0) <= 2
 
 
 def faulty(program, module, gone, alive) -> None:
