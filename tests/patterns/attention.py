@@ -90,7 +90,7 @@ class MultiheadFirst(Net):
         return self.head((x + self.many(x, x, x, need_weights=False)[0]).mean(1))
 
 
-@pattern({"stem": 12, "many.in_proj:heads": 3, "many.in_proj:head_dim": 4}, drops={"many.in_proj:heads"})
+@pattern({"stem": 12, "many.in_proj:heads": 3, "many.in_proj:head_dim": 4}, drops={"many.in_proj:heads", "many.in_proj:head_dim"})
 class MultiheadSecond(Net):
     """nn.MultiheadAttention with the sequence first, and the weights asked for."""
 
@@ -135,7 +135,7 @@ class RelativePositions(Block):
         return together(((q * 0.5) @ k.mT + bias[None]).softmax(-1) @ v)
 
 
-@pattern(CUBE, drops={"qkv:heads"})
+@pattern(CUBE, drops={"qkv:heads", "qkv:head_dim"})
 class ShiftedWindows(Block):
     """Attention within windows of a map that is rolled before and rolled back after, with a mask between windows."""
 
@@ -336,7 +336,7 @@ class LearnedQueries(Net):
         return self.head(F.relu(self.c((weights @ self.v(x)).flatten(1))))
 
 
-@pattern({"stem": 12, "kv:heads": 3, "kv:head_dim": 4}, drops={"kv:heads"})
+@pattern({"stem": 12, "kv:heads": 3, "kv:head_dim": 4}, drops={"kv:heads", "kv:head_dim"})
 class ReducedKeys(Net):
     """Keys and values come from a map made smaller by a strided depthwise convolution with norm."""
 

@@ -134,7 +134,7 @@ def check_floor(job: Job) -> float:
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
         return measured.ratio
     dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
-    smallest = measured.ratio_ci95[1] * 1.04
+    smallest = measured.ratio_ci95[1] * 1.06
     named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
     raise BudgetError(
         f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest"
