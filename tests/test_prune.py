@@ -372,3 +372,8 @@ def test_distortion_is_relative_to_the_spread_of_the_reference() -> None:
     assert distortion(reference, reference) == 0.0
     assert distortion(reference + 1.0, reference) == pytest.approx(1.0)
     assert joined([torch.ones(2, 3), torch.zeros(2, 1, 2)]).shape == (2, 5)
+
+
+def test_a_group_that_a_convolution_runs_across_is_held() -> None:
+    across = next(p for p in patterns.PATTERNS if "local" in dict(p().named_modules()))
+    assert "looks at all its channels" in held_groups(traced(across))["a"]

@@ -54,6 +54,7 @@ def convolved(flow: Flow, node: Node) -> Dims:
     x, before, after = flow.of(argument(node, 0)), flow.shape(argument(node, 0)), flow.shapes[node]
     labelled = [d for d in range(2, len(x)) if x[d] is not None]
     if len(labelled) == 1 and before[labelled[0]] == after[labelled[0]] and not is_transposed(node):
+        flow.look(node, x[labelled[0]])
         return list(x[2:])
     flow.stay(node, x[2:], "convolved over")
     return [None] * (len(after) - 2)
