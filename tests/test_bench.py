@@ -16,7 +16,7 @@ from toolkit.bench import session, stats, timing
 from toolkit.errors import UsageError
 from toolkit.schema import Load, Profile, from_json, to_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 Simulated = list[NDArray[np.int64]]
 PROFILES = {

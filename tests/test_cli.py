@@ -26,7 +26,7 @@ from toolkit.schema import Comparison, Plan, Report, from_json, load_json
 
 VERBS = ("run", "demo", "measure", "bench", "export", "report", "profiles", "doctor")
 INPUT = ("--input", "1x3x16x16")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 NETWORKS = """
 import torch

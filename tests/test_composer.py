@@ -84,6 +84,7 @@ def test_the_oracle_sees_channels_that_do_not_belong_together(monkeypatch) -> No
     assert composer.zeroed_error(program, apply(program, plan)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_with_its_stage_and_plan_and_shrunk(monkeypatch) -> None:
     monkeypatch.setattr(surgery, "slice_parameters", faulty)
     whole = Recipe(6, (Part("plain", 6, 0), Part("plain", 8, 36), Part("squeeze", 4, 1)), Part("flattened", 4, 1))

@@ -32,7 +32,7 @@ from toolkit.latency.table import (
 from toolkit.latency.variants import VariantMaker
 from toolkit.schema import DimForm, Fingerprint, HeldOut, Profile, save_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 GROUPS = {"a": (1, 24), "b": (1, 32), "c": (1, 40), "p": (1, 16)}
 FORMS = [DimForm(const=0, terms=((name, elements),)) for name, elements in (("a", 1), ("b", 1), ("c", 1), ("c", 16), ("p", 1))]

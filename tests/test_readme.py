@@ -57,6 +57,7 @@ def test_the_lines_of_python_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_the_commands_do_what_the_readme_says() -> None:
     for command in COMMANDS:
         if command == "./tools/test":

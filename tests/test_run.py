@@ -63,12 +63,14 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_run_is_verified_from_outside(finished) -> None:
     code, text = verify(finished / "out")
     assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_the_same_seed_and_table_give_the_same_plan(finished, monkeypatch) -> None:
     first, second = (load_json(Plan, finished / name / "plan.json") for name in ("out", "again"))
     if first.groups != second.groups:  # what a disturbed machine measured is not remembered: once more
@@ -80,6 +82,7 @@ def test_the_same_seed_and_table_give_the_same_plan(finished, monkeypatch) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_budget_under_the_floor_is_refused_before_pruning(finished) -> None:
     text = (finished / "floor.txt").read_text()
     assert "under the floor" in text and "measured" in text
@@ -87,6 +90,7 @@ def test_a_budget_under_the_floor_is_refused_before_pruning(finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_report_and_files_agree(finished) -> None:
     report = load_json(Report, finished / "out" / "report.json")
     assert report.measured_ns < report.budget_ns < report.dense_ns
@@ -137,6 +141,7 @@ def edited_plan(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "tamper",
     [swapped, edited_plan, lambda folder: falsified(folder, measured_ns=1e5), dense_instead],

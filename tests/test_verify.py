@@ -23,7 +23,7 @@ from torch import nn
 from toolkit import backends, bench
 from toolkit.schema import Profile, to_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "verify"
 PROFILE = Profile(id="local-onnxruntime", device="local", runtime="onnxruntime", format="onnx")

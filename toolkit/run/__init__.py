@@ -123,7 +123,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
         with clock.step("floor"):
-            floor_share = loop.check_floor(job)
+            job = dataclasses.replace(job, floor=loop.check_floor(job))
         with clock.step("prune"):
             outcome = loop.close(job)
         chosen = outcome.attempt
@@ -139,7 +139,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         for leftover in out.glob(".attempt*"):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(out / ".floor", ignore_errors=True)
-    report = compose(job, traced, outcome, accuracy, floor_share, held, clock)
+    report = compose(job, traced, outcome, accuracy, held, clock)
     write_run(job, traced, outcome, artefacts, report)
     return report
 
@@ -181,7 +181,6 @@ def compose(
     traced: Traced,
     outcome: loop.Outcome,
     accuracy: Accuracy,
-    floor_share: float,
     held: dict[str, str],
     clock: Clock,
 ) -> Report:
@@ -222,7 +221,7 @@ def compose(
         size_dense_bytes=size(job.dense_path),
         size_pruned_bytes=size(job.pruned_path(job.folder)),
         prunable_macs_share=job.program.prunable_macs_share(),
-        floor_ns=floor_share * dense_ns,
+        floor_ns=job.floor.share * dense_ns if job.floor else 0.0,
         optimality_gap=chosen.allocation.optimality_gap,
         iterations=outcome.iterations,
         table=job.model.summary(),

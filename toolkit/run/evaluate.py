@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ class Accuracy:
 
 
 def predictions(device: Device, path: Path, images: Images, step: str, progress: Progress) -> Ints:
-    """Top-1 class of every evaluation image."""
-    session = device.backend.open(path, threads=device.profile.threads, precision=device.profile.precision)
+    """Top-1 class of every evaluation image. Uses every core: nothing is timed here."""
+    session = device.backend.open(path, threads=os.cpu_count() or 1, precision=device.profile.precision)
     name = session.inputs[0].name
     found: list[int] = []
     try:

@@ -30,10 +30,19 @@ Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The fastest network that the candidates allow, and its measured latency as a share of the dense one's."""
+
+    widths: Mapping[str, int]
+    share: float
+
+
+@dataclass(frozen=True)
 class Job:
     """What stays the same throughout a run.
 
-    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one.
+    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one; `floor` is None until it
+    was measured.
     """
 
     request: RunRequest
@@ -47,14 +56,16 @@ class Job:
     budget: float
     exact_ns: float
     progress: Progress
+    floor: Floor | None = None
 
     @property
     def dense_widths(self) -> dict[str, int]:
         return {g.name: g.width for g in self.program.groups}
 
     def predicted(self, widths: Mapping[str, int]) -> float:
-        """Predicted latency as a share of the dense network's."""
-        return self.model.predict(widths) / self.model.predict(self.dense_widths)
+        """Predicted latency as a share of the dense network's; never under the measured floor, where a fit means nothing."""
+        share = self.model.predict(widths) / self.model.predict(self.dense_widths)
+        return max(share, self.floor.share) if self.floor else share
 
     def pruned_path(self, folder: Path) -> Path:
         return folder / f"model{self.device.artefact_suffix}"
@@ -119,8 +130,8 @@ def rounds_for(budget: float) -> int:
     return 1 if budget >= 0.9 else 2 if budget >= 0.75 else 3
 
 
-def check_floor(job: Job) -> float:
-    """The floor as a share of dense, measured: tables are fitted far above it.
+def check_floor(job: Job) -> Floor:
+    """The floor, measured: tables are fitted far above it.
 
     Raises:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
@@ -132,7 +143,7 @@ def check_floor(job: Job) -> float:
     write(job, state, folder)
     measured = compare(job, job.pruned_path(folder), lowest.widths)
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
-        return measured.ratio
+        return Floor(lowest.widths, measured.ratio)
     dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
     smallest = measured.ratio_ci95[1] * 1.06
     named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
@@ -225,9 +236,17 @@ def solve(job: Job, state: State, scores: Scores, share: float) -> Allocation:
         return floor(*arguments)
 
 
-def attempt(job: Job, state: State, scores: Scores, share: float, scale: float, folder: Path) -> Attempt:
-    """Allocate for `share` of dense under the table's correction `scale`, cut, repair, export and measure."""
-    allocation = solve(job, state, scores, share / scale)
+def at_floor(job: Job, state: State, scores: Scores) -> Allocation:
+    """The widths that were measured as the floor: what is left where the table cannot tell one narrow network from another."""
+    assert job.floor is not None
+    now, lost = state.widths(job.program), losses(scores)
+    widths = {name: min(width, now[name]) for name, width in job.floor.widths.items()}
+    loss = sum(lost.get(name, {}).get(width, 0.0) for name, width in widths.items())
+    return Allocation(widths, job.model.predict(widths), loss, 0.0)
+
+
+def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scale: float, folder: Path) -> Attempt:
+    """Cut to an allocation, repair, export and measure; `scale` is the table's correction."""
     done = cut(
         job.program, state, scores, allocation.widths, job.images.calibration,
         repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
@@ -256,20 +275,11 @@ def close(job: Job) -> Outcome:
         share = AIM * job.budget ** ((r + 1) / rounds)
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
-            found = attempt(job, state, scores, share, scale, job.folder / f".attempt{r}.{turn}")
+            allocation = solve(job, state, scores, share / scale)
+            found = attempt(job, state, scores, allocation, scale, job.folder / f".attempt{r}.{turn}")
             tried.append(found)
-            dense_ns = found.measured.dense.latency_ns
             scale *= found.measured.ratio / found.predicted
-            iterations.append(
-                Iteration(
-                    target_ns=share * dense_ns,
-                    predicted_ns=found.predicted * dense_ns,
-                    measured_ns=found.measured.pruned.latency_ns,
-                    ratio=found.measured.ratio,
-                    scale=scale,
-                )
-            )
-            proof = max(proof, found.cut.proof)
+            iterations.append(iteration(found, share, scale))
             if not last:
                 break
             if LOWEST <= job.share(found.measured) and job.upper(found.measured) <= HIGHEST:
@@ -283,8 +293,24 @@ def close(job: Job) -> Outcome:
                 continue
             if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
                 share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
+        if last and not inside(job, tried):
+            tried.append(attempt(job, state, scores, at_floor(job, state, scores), scale, job.folder / f".attempt{r}.floor"))
+            iterations.append(iteration(tried[-1], share, scale))
+        proof = max(proof, *(a.cut.proof for a in tried))
         state = found.cut.state
     return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
+
+
+def iteration(found: Attempt, share: float, scale: float) -> Iteration:
+    """An attempt at `share` of dense, as the report shows it."""
+    dense_ns = found.measured.dense.latency_ns
+    return Iteration(
+        target_ns=share * dense_ns,
+        predicted_ns=found.predicted * dense_ns,
+        measured_ns=found.measured.pruned.latency_ns,
+        ratio=found.measured.ratio,
+        scale=scale,
+    )
 
 
 def steady_ns(job: Job, dense_ns: float) -> float:
@@ -316,10 +342,14 @@ def met(job: Job, found: Attempt) -> bool:
     return found.confirmed is not None and job.final_upper(found.confirmed) <= HIGHEST
 
 
+def inside(job: Job, tried: Sequence[Attempt]) -> list[Attempt]:
+    """Those that were measured inside the budget, and not contradicted by a confirmation."""
+    return [a for a in tried if job.upper(a.measured) <= HIGHEST and (a.confirmed is None or met(job, a))]
+
+
 def deliver(job: Job, tried: Sequence[Attempt]) -> Attempt:
     """Of the networks inside the budget the one that loses least, confirmed; where none is, the fastest."""
-    inside = [a for a in tried if job.upper(a.measured) <= HIGHEST and (a.confirmed is None or met(job, a))]
-    for found in sorted(inside, key=lambda a: a.loss):
+    for found in sorted(inside(job, tried), key=lambda a: a.loss):
         found = found if found.confirmed else confirm(job, found)
         if met(job, found):
             return found
