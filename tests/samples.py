@@ -165,6 +165,7 @@ def report(seed: int = 0, **changes: Any) -> Report:
         size_dense_bytes=3_478_212,
         size_pruned_bytes=1_664_019,
         prunable_macs_share=0.982,
+        prunable_latency_share=0.931,
         floor_ns=2_310_000.0,
         optimality_gap=0.0007,
         iterations=(

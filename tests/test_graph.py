@@ -291,6 +291,13 @@ def test_unprunable_groups_say_which_operator_holds_them() -> None:
 # --- planted faults: the proof refuses each --------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["small", "huge"])
+def any_size(request, monkeypatch) -> None:
+    """The proof as it is for a small program, and as it is for one where a pass on its own parameters would take too long."""
+    if request.param == "huge":
+        monkeypatch.setattr(proofs, "HUGE_MACS", 0)
+
+
 def plant(monkeypatch, fault) -> None:
     """Put a bug into the code that slices parameters."""
     honest = surgery.slice_parameters
@@ -328,7 +335,7 @@ def test_the_proof_refuses_the_wrong_half_of_a_concat(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
-def test_the_proof_refuses_a_missed_norm_buffer_even_where_it_is_constant(monkeypatch, buffer) -> None:
+def test_the_proof_refuses_a_missed_norm_buffer_even_where_it_is_constant(monkeypatch, any_size, buffer) -> None:
     def missed(original, now):
         now[f"norm.{buffer}"].copy_(original[f"norm.{buffer}"][:4])
 
@@ -338,7 +345,7 @@ def test_the_proof_refuses_a_missed_norm_buffer_even_where_it_is_constant(monkey
     refused(program, {"a": [1, 3, 5, 7]})
 
 
-def test_the_proof_refuses_a_program_changed_after_the_cut() -> None:
+def test_the_proof_refuses_a_program_changed_after_the_cut(any_size) -> None:
     program, plan = traced(patterns.Flatten), {"a": [0, 2]}
     sliced = apply(program, plan)
     with torch.no_grad():

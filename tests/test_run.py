@@ -96,6 +96,7 @@ def test_report_and_files_agree(finished) -> None:
     assert report.measured_ns < report.budget_ns < report.dense_ns
     assert report.parameters_pruned < report.parameters_dense and report.macs_pruned < report.macs_dense
     assert report.proof_max_relative_error <= 1e-9
+    assert 0.5 < report.prunable_latency_share <= 1.0
     assert report.accuracy_dense is not None and report.accuracy_dense >= 0.97
     assert {g.name for g in report.groups} == {
         g["name"] for g in json.loads((finished / "out" / "groups.json").read_text())["groups"]

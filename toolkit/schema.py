@@ -444,6 +444,7 @@ class Report(Record, frozen=True, kw_only=True):
     size_dense_bytes: int
     size_pruned_bytes: int
     prunable_macs_share: float
+    prunable_latency_share: float
     floor_ns: float
     optimality_gap: float
     iterations: tuple[Iteration, ...]

@@ -221,6 +221,7 @@ def compose(
         size_dense_bytes=size(job.dense_path),
         size_pruned_bytes=size(job.pruned_path(job.folder)),
         prunable_macs_share=job.program.prunable_macs_share(),
+        prunable_latency_share=prunable_latency_share(job),
         floor_ns=job.floor.share * dense_ns if job.floor else 0.0,
         optimality_gap=chosen.allocation.optimality_gap,
         iterations=outcome.iterations,
@@ -237,6 +238,15 @@ def compose(
         command=command_of(request),
         notes=notes(traced, outcome),
     )
+
+
+def prunable_latency_share(job: loop.Job) -> float:
+    """Share of the dense latency, as the table has it, that is spent in places which this run can make narrower; 0-1."""
+    varying = {name for name, widths in job.candidates.items() if len(widths) > 1}
+    dense = job.dense_widths
+    places = [s for s in job.model.sites if any(name in varying for name, _ in (*s.c_in.terms, *s.c_out.terms))]
+    spent = sum(job.model.site_cost(s, s.c_in.at(dense), s.c_out.at(dense)) for s in places)
+    return min(1.0, max(0.0, spent / job.model.predict(dense)))
 
 
 def size(path: Path) -> int:

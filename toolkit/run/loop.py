@@ -236,13 +236,17 @@ def solve(job: Job, state: State, scores: Scores, share: float) -> Allocation:
         return floor(*arguments)
 
 
-def at_floor(job: Job, state: State, scores: Scores) -> Allocation:
-    """The widths that were measured as the floor: what is left where the table cannot tell one narrow network from another."""
+def narrowest(job: Job, state: State, scores: Scores, folder: Path) -> Attempt:
+    """An attempt at the floor's own widths: what is left where the table cannot tell one narrow network from another.
+
+    What they take was measured before pruning, which is the prediction.
+    """
     assert job.floor is not None
     now, lost = state.widths(job.program), losses(scores)
     widths = {name: min(width, now[name]) for name, width in job.floor.widths.items()}
     loss = sum(lost.get(name, {}).get(width, 0.0) for name, width in widths.items())
-    return Allocation(widths, job.model.predict(widths), loss, 0.0)
+    allocation = Allocation(widths, job.model.predict(widths), loss, 0.0)
+    return replace(attempt(job, state, scores, allocation, 1.0, folder), predicted=job.floor.share)
 
 
 def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scale: float, folder: Path) -> Attempt:
@@ -294,7 +298,7 @@ def close(job: Job) -> Outcome:
             if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
                 share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
         if last and not inside(job, tried):
-            tried.append(attempt(job, state, scores, at_floor(job, state, scores), scale, job.folder / f".attempt{r}.floor"))
+            tried.append(narrowest(job, state, scores, job.folder / f".attempt{r}.floor"))
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
         state = found.cut.state
