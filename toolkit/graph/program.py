@@ -295,8 +295,8 @@ class Gatherer:
         rows = (self.rows[i] if i >= 0 else (c,) for c, i in zip(flat.tolist(), index.tolist(), strict=True))
         return np.fromiter((a for row in rows for a in row), np.int64)
 
-    def incidence(self) -> tuple[list[tuple[str, int]], dict[int, bytes], dict[int, list[tuple[int, int]]]]:
-        """(places, per atom a key of the places that hold it, per atom those places with the number of entries)."""
+    def incidence(self) -> tuple[list[tuple[str, int]], dict[int, tuple[Entries, Entries]]]:
+        """(places, per atom the indices of those that hold it and the number of entries in each)."""
         places: list[tuple[str, int]] = []
         atoms, at, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         seen: set[tuple[str, int]] = set()
@@ -312,7 +312,7 @@ class Gatherer:
                 at.append(np.full(len(found), len(places)))
                 counts.append(count)
                 places.append((str(node.target), axis))
-        return places, *by_atom(np.concatenate(atoms), np.concatenate(at), np.concatenate(counts))
+        return places, by_atom(np.concatenate(atoms), np.concatenate(at), np.concatenate(counts))
 
     def touching(self) -> tuple[dict[int, list[str]], dict[int, list[str]], dict[int, int]]:
         """(producers, consumers, rank in order of production) of every atom."""
@@ -349,7 +349,8 @@ class Gatherer:
         return found
 
     def groups(self) -> tuple[tuple[ChannelGroup, ...], dict[str, Entries]]:
-        places, keys, held = self.incidence()
+        places, held = self.incidence()
+        nowhere = np.empty(0, np.int64), np.empty(0, np.int64)
         made, used, rank = self.touching()
         kinds, reasons = self.kinds(), self.solution.reasons
         members: dict[tuple[object, ...], list[int]] = {}
@@ -360,7 +361,9 @@ class Gatherer:
         selectors = {a for row in self.rows for a in row if a in reasons and any(other not in reasons for other in row)}
         for a in sorted(made.keys() - selectors, key=rank.__getitem__):
             if (a in used or a in reasons) and reasons.get(a) != SINGLE:
-                key = (reasons.get(a, ""), keys.get(a, b""), tuple(made[a]), tuple(used.get(a, ())), kinds.get(a), sides.get(a))
+                at, counts = held.get(a, nowhere)
+                place = at.tobytes() + counts.tobytes()
+                key = (reasons.get(a, ""), place, tuple(made[a]), tuple(used.get(a, ())), kinds.get(a), sides.get(a))
                 members.setdefault(key, []).append(a)
         found: list[ChannelGroup] = []
         units: dict[str, Entries] = {}
@@ -376,7 +379,10 @@ class Gatherer:
                     width=len(same),
                     floor=1,
                     places=tuple(
-                        Place(parameter=p, axis=d, elements=k) for (p, d), k in sorted((places[i], k) for i, k in held[a])
+                        Place(parameter=p, axis=d, elements=k)
+                        for (p, d), k in sorted(
+                            (places[i], k) for i, k in zip(held[a][0].tolist(), held[a][1].tolist(), strict=True)
+                        )
                     ),
                     producers=tuple(made[a]),
                     consumers=tuple(used.get(a, ())),
@@ -401,18 +407,15 @@ class Gatherer:
         return str(node.target).removesuffix(".weight").removesuffix("_weight") if node is not None else producer
 
 
-def by_atom(atoms: Entries, at: Entries, counts: Entries) -> tuple[dict[int, bytes], dict[int, list[tuple[int, int]]]]:
+def by_atom(atoms: Entries, at: Entries, counts: Entries) -> dict[int, tuple[Entries, Entries]]:
+    """For each atom its places, in order, and its entries in each."""
     order = np.lexsort((at, atoms))
     atoms, at, counts = atoms[order], at[order], counts[order]
     if not len(atoms):
-        return {}, {}
+        return {}
     starts = np.flatnonzero(np.r_[True, atoms[1:] != atoms[:-1]])
-    keys, held = {}, {}
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(atoms)], strict=True):
-        a = int(atoms[start])
-        keys[a] = at[start:end].tobytes() + counts[start:end].tobytes()
-        held[a] = list(zip(at[start:end].tolist(), counts[start:end].tolist(), strict=True))
-    return keys, held
+    ends = [*starts[1:].tolist(), len(atoms)]
+    return {a: (at[i:j], counts[i:j]) for a, i, j in zip(atoms[starts].tolist(), starts.tolist(), ends, strict=True)}
 
 
 def unused(name: str, known: dict[str, Entries]) -> str:
@@ -430,24 +433,32 @@ class Branches:
     PASSING = (*BATCH_NORMS, *operators("dropout", "clone", "alias", "contiguous"), *PERMUTES, *VIEWS)
 
     def __init__(self, module: GraphModule, flow: Flow, dims: dict[str, Dims], mixings: dict[str, Mixing]) -> None:
-        self.flow, self.mixings = flow, mixings
+        self.flow, self.dims, self.mixings = flow, dims, mixings
         self.nodes = {n.name: n for n in module.graph.nodes}
         self.output = next(n for n in module.graph.nodes if n.op == "output")
-        self.holders: dict[int, list[Node]] = {}  # nodes whose tensor has entries of a class
-        for name, entries in ((name, e) for name, d in dims.items() for e in d if e is not None):
+
+    @cached_property
+    def holders(self) -> dict[int, list[Node]]:
+        """Nodes whose tensor has entries of a class."""
+        found: dict[int, list[Node]] = {}
+        for name, entries in ((name, e) for name, d in self.dims.items() for e in d if e is not None):
             if self.nodes[name].op == "call_function":
                 for c in np.unique(entries).tolist():
-                    self.holders.setdefault(c, []).append(self.nodes[name])
+                    found.setdefault(c, []).append(self.nodes[name])
+        return found
 
     def find(self, group: ChannelGroup, members: Entries, grids: Mapping[int, Sequence[int]]) -> Branch | None:
         """The branch of a group: its addition, and the operand without which no channel of the group is left."""
-        whole = {int(c) for c in members} | {c for c, atoms in grids.items() if any(a in members for a in atoms)}
-        for name in group.consumers:
+        candidates = [(name, branch) for name in group.consumers if (branch := self.behind(self.nodes[name]))]
+        if not candidates:
+            return None
+        own = set(members.tolist())
+        whole = own | {c for c, atoms in grids.items() if not own.isdisjoint(atoms)}
+        for name, branch in candidates:
             used = self.mixings[name].used
-            if used is None or not whole.issuperset(np.unique(used).tolist()):
+            if used is None or not whole.issuperset(used.reshape(-1).tolist()):
                 continue  # it reads other groups too
-            branch = self.behind(self.nodes[name])
-            if branch and not self.alive(branch).intersection(n for c in whole for n in self.holders.get(c, ())):
+            if not self.alive(branch).intersection(n for c in whole for n in self.holders.get(c, ())):
                 return branch
         return None
 
