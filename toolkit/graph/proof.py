@@ -154,7 +154,11 @@ def removed(program: Program, kept: Mapping[str, Sequence[int]]) -> npt.NDArray[
 
 def doubled(module: GraphModule) -> GraphModule:
     """A float64 copy; casts to float32 within it become casts to float64."""
-    other = copy.deepcopy(module).double()
+    memo: dict[int, torch.Tensor] = {}
+    for value in [*module.parameters(), *module.buffers()]:
+        wide = value.detach().to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+        memo[id(value)] = torch.nn.Parameter(wide, value.requires_grad) if isinstance(value, torch.nn.Parameter) else wide
+    other = copy.deepcopy(module, memo)  # without a copy in float32 on the way
     widen(other)
     return other
 
@@ -204,8 +208,8 @@ def error(program: Program, sliced: Program, kept: Mapping[str, Sequence[int]], 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     reference = Masked(program, dense, kept)
     if program.macs() > HUGE_MACS:
-        made = slices(program, dense, kept)
-        own = all(torch.equal(value, made[name]) for name, value in shared(cut, made))
+        made = slices(program, program.module, kept)
+        own = all(torch.equal(value, made[name]) for name, value in shared(sliced.module, made))
         worst = 0.0 if own else float("inf")
     else:
         worst = difference(reference, cut, x)
