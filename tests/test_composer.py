@@ -56,14 +56,15 @@ def test_every_recipe_is_a_network(recipe) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIECES)
 def test_every_piece_by_itself(name) -> None:
-    examine(Recipe(8, (Part("plain", 6, 0), Part(name, 8, 0)), Part("pooled", 4, 0)), 1)
+    for option in (0, 1):
+        examine(Recipe(8, (Part("plain", 6, 0), Part(name, 8, option)), Part("pooled", 4, 0)), 1)
 
 
 @pytest.mark.slow
 def test_few_networks_have_nothing_to_prune() -> None:
-    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(15))]
+    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(50))]
     assert statistics.median(found) >= 3
-    assert found.count(0) <= 2
+    assert found.count(0) <= 5
 
 
 def faulty(program, module, gone, alive) -> None:

@@ -197,6 +197,10 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     text = f"{len(done)} of {len(results)} models cut and proved"
     if shares:
         text += f"; prunable share median {statistics.median(shares):.1%}, least {min(shares):.1%}"
+        cut = [r["grouping_s"] + r["surgery_s"] for r in done]
+        whole = [r["grouping_s"] + r["surgery_s"] + r["proof_s"] for r in done]
+        text += f"; error {max(r['proof_error'] for r in done):.1e} at most; grouping and surgery {max(cut):.1f} s at most"
+        text += f", with the proof {max(whole):.1f} s, over 30 s in {sum(seconds > 30 for seconds in whole)}"
     if theirs:
         text += f"; Torch-Pruning {sum('seconds' in r for r in theirs)} of {len(theirs)}"
     return text
