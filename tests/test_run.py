@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -18,7 +19,7 @@ from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
-from toolkit.schema import Plan, Report, RunRequest, load_json
+from toolkit.schema import DimForm, Plan, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +80,14 @@ def test_the_same_seed_and_table_give_the_same_plan(finished, monkeypatch) -> No
         first, second = second, load_json(Plan, finished / "third" / "plan.json")
     assert first.table == second.table
     assert first.groups == second.groups
+
+
+def test_the_prunable_share_of_the_latency_is_that_of_places_with_a_choice() -> None:
+    free, kept, fixed = (DimForm(const=0, terms=(("a", 1),)), DimForm(const=0, terms=(("b", 1),)), DimForm(const=3, terms=()))
+    sites = [SimpleNamespace(c_in=i, c_out=o, cost=c) for i, o, c in ((fixed, kept, 1.0), (kept, free, 2.0), (free, fixed, 5.0))]
+    model = SimpleNamespace(sites=sites, site_cost=lambda site, c_in, c_out: site.cost)
+    some = SimpleNamespace(candidates={"a": (4, 8), "b": (8,)}, dense_widths={"a": 8, "b": 8}, model=model)
+    assert job.prunable_latency_share(some) == 7 / 8
 
 
 @pytest.mark.slow

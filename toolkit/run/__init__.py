@@ -241,12 +241,14 @@ def compose(
 
 
 def prunable_latency_share(job: loop.Job) -> float:
-    """Share of the dense latency, as the table has it, that is spent in places which this run can make narrower; 0-1."""
+    """Share of the kernels' dense time, as the table has it, in places that this run can make narrower; 0-1."""
     varying = {name for name, widths in job.candidates.items() if len(widths) > 1}
-    dense = job.dense_widths
-    places = [s for s in job.model.sites if any(name in varying for name, _ in (*s.c_in.terms, *s.c_out.terms))]
-    spent = sum(job.model.site_cost(s, s.c_in.at(dense), s.c_out.at(dense)) for s in places)
-    return min(1.0, max(0.0, spent / job.model.predict(dense)))
+    dense, whole, free = job.dense_widths, 0.0, 0.0
+    for site in job.model.sites:
+        cost = job.model.site_cost(site, site.c_in.at(dense), site.c_out.at(dense))
+        whole += cost
+        free += cost if any(name in varying for name, _ in (*site.c_in.terms, *site.c_out.terms)) else 0.0
+    return free / whole
 
 
 def size(path: Path) -> int:

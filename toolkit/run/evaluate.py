@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import calibration
+from toolkit.devices import local
 from toolkit.errors import DataError
 from toolkit.run.prepare import Device, Images
 
@@ -31,7 +31,7 @@ class Accuracy:
 
 def predictions(device: Device, path: Path, images: Images, step: str, progress: Progress) -> Ints:
     """Top-1 class of every evaluation image. Uses every core: nothing is timed here."""
-    session = device.backend.open(path, threads=os.cpu_count() or 1, precision=device.profile.precision)
+    session = device.backend.open(path, threads=local.facts().cores, precision=device.profile.precision)
     name = session.inputs[0].name
     found: list[int] = []
     try:

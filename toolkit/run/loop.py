@@ -24,6 +24,7 @@ from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, 
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
+NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
 EFFECT_PASSES = 20.0
 
 Progress = Callable[[str, float, float], None]
@@ -297,7 +298,7 @@ def close(job: Job) -> Outcome:
                 continue
             if any(found.allocation.widths == other.allocation.widths for other in tried[:-1]):
                 share *= 0.99 if job.upper(found.measured) > HIGHEST else 1.005  # the grid is coarser than the correction
-        if last and not inside(job, tried):
+        if last and not inside(job, tried) and job.floor and job.floor.share >= NEAR_FLOOR * job.budget:
             tried.append(narrowest(job, state, scores, job.folder / f".attempt{r}.floor"))
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
