@@ -50,5 +50,6 @@ def residual(path: Path, widths: Sequence[int] = (16, 12, 20), size: int = 24) -
         [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, [1, 10])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
     return path

@@ -10,11 +10,11 @@ import msgspec
 from toolkit.schema import (
     CategoryCounts,
     Comparison,
+    Conditions,
     GroupReport,
     HeldOut,
     Iteration,
     KernelTime,
-    Load,
     Measurement,
     Report,
     Response,
@@ -77,20 +77,26 @@ def measurement(role: str, centre_ns: float, rng: random.Random, **changes: Any)
         scope="session.run, input and output in host memory",
         statistic="median",
         latency_ns=centre_ns,
+        latency_ci95_ns=(0.995 * centre_ns, 1.007 * centre_ns),
         median_ns=centre_ns,
         p90_ns=float(ordered[int(0.9 * len(ordered))]),
+        p95_ns=float(ordered[int(0.95 * len(ordered))]),
         p99_ns=None,
+        energy_j=None,
         samples=len(ordered),
         warmup=20,
         rounds_ns=rounds,
         split_half=0.0041,
         drift=0.0062,
-        load=Load(cpu_pressure=0.013, steal=0.0, run_queue=1.2),
+        conditions=Conditions(
+            waiting=0.004, cpu_pressure=0.013, steal=0.0, run_queue=1.2, absent={"clock_hz": "this kernel has none"}
+        ),
         executed_precision="fp32",
         fresh_process=True,
         measured_at="2026-03-14T09:26:53Z",
         valid=True,
         invalid_reasons=(),
+        absent={"p99_ns": "480 samples, 662 are needed", "energy_j": "nothing counts it"},
     )
     return msgspec.structs.replace(record, **changes)
 
@@ -102,7 +108,6 @@ def comparison(seed: int = 0, **changes: Any) -> Comparison:
         pruned=measurement("pruned", PRUNED_NS, rng),
         ratio=PRUNED_NS / DENSE_NS,
         ratio_ci95=(0.4835, 0.4931),
-        pruned_ci95_ns=(7_771_000.0, 7_868_000.0),
     )
     return msgspec.structs.replace(record, **changes)
 

@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from toolkit import backends
 from toolkit.backends import Backend, fusion, random_feeds
-from toolkit.devices import local
 from toolkit.errors import MeasurementError, MissingError, UsageError
 
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def test_a_fused_block_is_one_kernel_with_its_own_tensors(backend: Backend, mode
 
 
 def test_profiled_time_is_of_the_order_of_the_whole(backend: Backend, model: Path) -> None:
-    from toolkit.bench import time_burst
+    from toolkit.bench.timing import time_burst
 
     session = backend.open(model, threads=1, precision="fp32")
     whole = np.median(time_burst(session.prepare(random_feeds(session.inputs, 0)), 30))
@@ -159,19 +158,7 @@ def test_feeds_follow_the_seed() -> None:
         random_feeds((backends.base.Shape(name="x", dtype="float32", dims=(-1, 3)),), 0)
 
 
-def test_load_of_this_machine_is_a_share() -> None:
-    before = local.read_load()
-    sum(range(2_000_000))
-    load = local.load_between(before, local.read_load())
-    assert all(share == -1 or 0 <= share <= 1 for share in (load.cpu_pressure, load.steal))
-    assert local.facts().cores >= 1 and local.facts().cpu
-
-
-def test_load_is_what_happened_between_the_readings() -> None:
-    before = local.Reading(at_s=10.0, pressure_us=1_000_000, steal_ticks=50, all_ticks=1000, runnable=1)
-    after = local.Reading(at_s=12.0, pressure_us=1_500_000, steal_ticks=60, all_ticks=1400, runnable=4)
-    load = local.load_between(before, after)
-    assert (load.cpu_pressure, load.steal, load.run_queue) == (0.25, 0.025, 2.5)
-    silent = local.Reading(at_s=12.0, pressure_us=None, steal_ticks=None, all_ticks=None, runnable=None)
-    load = local.load_between(before, silent)
-    assert (load.cpu_pressure, load.steal, load.run_queue) == (-1, -1, -1)
+def test_openvinos_own_format_is_refused_by_onnxruntime_with_the_profile_that_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "model.xml").write_text("<net/>")
+    with pytest.raises(UsageError, match="-p local-openvino"):
+        backends.get("onnxruntime").open(tmp_path / "model.xml", threads=1, precision="fp32")

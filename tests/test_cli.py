@@ -18,11 +18,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from networks import residual
 from PIL import Image
 
 from toolkit import cli
 from toolkit.devices import local
-from toolkit.schema import Comparison, Plan, Report, from_json, load_json
+from toolkit.schema import Benchmark, Comparison, Plan, Report, from_json, load_json
 
 VERBS = ("run", "demo", "measure", "bench", "export", "report", "profiles", "doctor")
 INPUT = ("--input", "1x3x16x16")
@@ -179,7 +180,9 @@ def test_the_doctor_answers_in_json(call: Call) -> None:
     found = call("doctor", "--json")
     facts = json.loads(found.out)
     assert found.code == 0 and facts["machine"]["cores"] == str(local.facts().cores)
-    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino"}
+    simulated = {"simulated-cpu", "simulated-gpu", "simulated-npu"}
+    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino"} | simulated
+    assert all(facts["profiles"][name] == "ready" for name in simulated)
 
 
 def test_the_version_is_told_installed_or_not(call: Call) -> None:
@@ -272,7 +275,11 @@ def test_bad_input_leaves_an_earlier_result_alone(call: Call, place: Path) -> No
         (("report", "file"), "file/report.json: Not a directory"),
         (("bench", "nope.onnx"), "nope.onnx does not exist"),
         (("bench", "good.npz"), "cannot open"),
-        (("bench", "a", "b", "c"), "3 artefacts"),
+        (("bench", "net.onnx", "--fail-over", "5%"), "held against nothing"),
+        (("bench", "net.onnx", "--fail-over", "much"), "write it like 5%"),
+        (("bench", "net.onnx", "--sustained", "long"), "write it like 60s"),
+        (("bench", "net.onnx", "--against", "nope.json"), "nope.json does not exist"),
+        (("bench", "dense.xml"), "dense.xml does not exist"),
         (("profiles", "nope"), "no profile 'nope'"),
         (("export", "net.py:tiny"), "does not say what input it takes"),
         (("export", "net.py:tiny", *INPUT, "-o", "file"), "file is a file"),
@@ -438,3 +445,26 @@ def test_a_damaged_table_is_named_and_its_advice_repairs_it(finished: Finished, 
     assert measured.code == 0 and json.loads(measured.out)["coverage"] > 0.9
     if name != "samples.json":
         assert path.read_bytes() == whole  # made again from the networks that were measured
+
+
+def test_bench_keeps_a_figure_and_holds_later_ones_against_it(call: Call, tmp_path: Path) -> None:
+    slow, fast = residual(tmp_path / "net.onnx", (64, 64), 32), residual(tmp_path / "new" / "net.onnx", (16, 16), 32)
+    found = call("bench", str(fast), "-p", "simulated-cpu", "-o", str(tmp_path / "earlier.json"))
+    assert found.code == 0 and found.out.splitlines()[-1] == "valid"
+    record = load_json(Benchmark, tmp_path / "earlier.json")
+    assert record.measurements[0].rounds_ns and record.startup[0].load_ns > 0
+    against = ("--against", str(tmp_path / "earlier.json"), "-p", "simulated-cpu", "--no-startup")
+    passed = call("bench", str(fast), *against)
+    assert passed.code == 0 and "\nPASSED  1." in passed.out
+    failed = call("bench", str(slow), *against, "--fail-over", "20%", "--json")
+    gates = from_json(Benchmark, failed.out).gates
+    assert failed.code == 1 and "FAILED" in failed.error and gates[0].limit == 1.2 and not gates[0].passed
+
+
+def test_bench_of_several_says_what_got_faster(call: Call, tmp_path: Path) -> None:
+    slow, fast = residual(tmp_path / "slow.onnx", (64, 64), 32), residual(tmp_path / "fast.onnx", (32, 64), 32)
+    found = call("bench", str(slow), str(fast), str(slow), "-p", "simulated-npu", "--kernels", "--fail-over", "5%")
+    assert found.code == 0 and found.out.count("What got faster, what did not") == 2
+    assert "b0.conv2" in found.out and "multiply-accumulates" in found.out and found.out.count("PASSED") == 2
+    alone = call("bench", str(slow), "-p", "simulated-npu", "--kernels")
+    assert "Kernels of slow.onnx" in alone.out

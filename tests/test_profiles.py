@@ -35,11 +35,12 @@ def own_profile(folder: Path, **changes: object) -> Path:
 
 
 def test_the_bundled_profiles_are_named_after_their_folders() -> None:
-    assert [profile.id for profile in profiles.list_profiles()] == ["local-onnxruntime", "local-openvino"]
+    simulated = ["simulated-cpu", "simulated-gpu", "simulated-npu"]
+    assert [profile.id for profile in profiles.list_profiles()] == ["local-onnxruntime", "local-openvino", *simulated]
     for profile in profiles.list_profiles():
         assert profiles.load(profile.id) == profile
         assert profiles.load(str(HW_PROFILES / profile.id)) == profile
-        assert (profile.device, profile.threads) == ("local", 1)
+        assert profile.threads == 1 and profile.device == (profile.id if profile.simulation else "local")
 
 
 def test_a_path_is_a_folder_or_its_file(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_tables_of_different_fingerprints_are_in_different_folders(tmp_path: Pat
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
     prints: list[Fingerprint] = [profiles.fingerprint(profile, "1.0") for profile in profiles.list_profiles()]
     folders = {profiles.table_dir(print_) for print_ in prints}
-    assert len(folders) == 2
+    assert len(folders) == 5
     assert all(tmp_path in folder.parents for folder in folders)
 
 
@@ -161,5 +162,7 @@ def test_profiles_are_found_wherever_the_package_lies(tmp_path: Path, monkeypatc
     import sys
 
     monkeypatch.delitem(sys.modules, "hw_profiles", raising=False)
-    assert [profile.id for profile in profiles.list_profiles()] == ["extra", "local-onnxruntime", "local-openvino"]
+    assert [profile.id for profile in profiles.list_profiles()] == ["extra", "local-onnxruntime", "local-openvino"] + [
+        f"simulated-{kind}" for kind in ("cpu", "gpu", "npu")
+    ]
     assert isinstance(profiles.load("extra"), Profile)

@@ -120,7 +120,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "statistic": "median",
             "dense_ns": measured.dense.latency_ns,
             "measured_ns": measured.pruned.latency_ns,
-            "measured_ci95_ns": list(measured.pruned_ci95_ns),
+            "measured_ci95_ns": list(measured.pruned.latency_ci95_ns),
             "predicted_ns": 1.02 * measured.pruned.latency_ns,
             "speedup": 1 / measured.ratio,
             "speedup_ci95": [1 / bound for bound in reversed(measured.ratio_ci95)],

@@ -229,7 +229,9 @@ threads_option = click.option("--threads", type=click.IntRange(1), default=1, sh
 precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
-statistic_option = click.option("--statistic", type=click.Choice(["median", "p90", "p99"]), default="median", show_default=True)
+statistic_option = click.option(
+    "--statistic", type=click.Choice(["median", "p90", "p95", "p99"]), default="median", show_default=True
+)
 
 
 def out_option(default: str) -> Callable[[Any], Any]:
@@ -391,35 +393,98 @@ def measure(model: str, profile: str, weights: str, threads: int, precision: str
         )
 
 
-@cli.command(cls=Command, example="edgekit bench out/dense.onnx out/model.onnx")
-@click.argument("artefacts", nargs=-1, required=True)
+def parse_seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float:
+    """`60s`, `90`, `1500ms` in seconds."""
+    from toolkit.budget import parse_budget
+
+    if not value:
+        return 0.0
+    try:
+        found = parse_budget(value if value[-1].isalpha() else f"{value}s")
+    except UsageError:
+        found = None
+    if found is None or not found.latency_ns:
+        raise click.BadParameter(f"{value!r} is not a time; write it like 60s.")
+    return found.latency_ns / 1e9
+
+
+def parse_share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """`5%` or `0.05`."""
+    if value is None:
+        return None
+    try:
+        found = float(value.rstrip("% ")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 10:
+        raise click.BadParameter(f"{value!r} is not a share; write it like 5%.")
+    return found
+
+
+@cli.command(cls=Command, example="edgekit bench out/dense.onnx out/model.onnx --kernels")
+@click.argument("artefacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @profile_option
 @threads_option
 @statistic_option
+@click.option("--sustained", callback=parse_seconds, metavar="TIME", help="Run for so long first, such as 60s: the warm device.")
+@click.option("--kernels", is_flag=True, help="Where the time goes; of several, what got faster and why.")
+@click.option("--no-startup", is_flag=True, help="Leave out load times and memory.")
+@click.option("--against", type=click.Path(path_type=Path), help="An earlier -o FILE; exit 1 if something became slower.")
+@click.option("--fail-over", callback=parse_share, metavar="SHARE", help="How much slower passes, such as 5% (the default).")
+@click.option("-o", "--out", "file", type=click.Path(path_type=Path), help="Write the record as JSON, raw samples included.")
 @json_option
-def bench(artefacts: tuple[str, ...], profile: str, threads: int, statistic: str, as_json: bool) -> None:
-    """Time one model file, or two interleaved, as a ratio."""
-    from toolkit import run as job
-    from toolkit.budget import format_time
-    from toolkit.schema import Comparison, to_json
+def bench(
+    artefacts: tuple[Path, ...],
+    profile: str,
+    threads: int,
+    statistic: str,
+    sustained: float,
+    kernels: bool,
+    no_startup: bool,
+    against: Path | None,
+    fail_over: float | None,
+    file: Path | None,
+    as_json: bool,
+) -> None:
+    """Time model files, interleaved; the others as ratios to the first.
+
+    \b
+    edgekit bench model.onnx -o earlier.json                  keep a figure
+    edgekit bench model.onnx --against earlier.json           and hold later ones against it, in your CI
+    edgekit bench old.onnx new.onnx --fail-over 5%            or both files in one session: more exact
+    edgekit bench model.onnx --sustained 60s                  when the device is as warm as in steady use
+    """
+    from rich.console import Console
+
+    from toolkit import report as reports
+    from toolkit.run.bench import bench as measure_all
+    from toolkit.schema import save_json, to_json
 
     with progress() as shown:
-        found = job.bench(artefacts, profile, threads, statistic, shown)
-    both = [found.dense, found.pruned] if isinstance(found, Comparison) else [found]
+        found = measure_all(
+            artefacts,
+            profile,
+            shown,
+            threads=threads,
+            statistic=statistic,  # type: ignore[arg-type]
+            sustained_s=sustained,
+            with_startup=not no_startup,
+            with_kernels=kernels,
+            against=against,
+            fail_over=fail_over,
+        )
+    if file:
+        save_json(file, found)
+    verdicts = [reports.gate_line(gate) for gate in found.gates]
+    reasons = dict.fromkeys(reason for each in found.measurements for reason in each.invalid_reasons)
+    verdicts += [f"not valid: {reason}" for reason in reasons] or ["valid"]
     if as_json:
         click.echo(to_json(found), nl=False)
     else:
-        for each in both:
-            click.echo(
-                f"{each.artefact}: {format_time(each.latency_ns)} {each.statistic},"
-                f" {each.samples} samples, {each.executed_precision}"
-            )
-        if isinstance(found, Comparison):
-            low, high = found.ratio_ci95
-            click.echo(f"second / first: {found.ratio:.3f} ({low:.3f} to {high:.3f})")
-        for reason in dict.fromkeys(reason for each in both for reason in each.invalid_reasons):
-            click.echo(f"not valid: {reason}")
-    raise SystemExit(0 if all(each.valid for each in both) else 1)
+        Console(soft_wrap=False).print(reports.benchmark_text(found))
+    for line in verdicts:
+        click.echo(line, err=as_json)
+    raise SystemExit(0 if not reasons and all(gate.passed for gate in found.gates) else 1)
 
 
 @cli.command(cls=Command, example="edgekit export resnet18 --weights w.safetensors -p local-openvino -o out")
@@ -523,7 +588,9 @@ def examine() -> dict[str, dict[str, str]]:
             extra = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "nncf": "nncf"}.get(name, "all")
             versions[name] = f'not installed; python -m pip install "edgekit[{extra}]"'
     usable = {
-        p.id: "ready" if util.find_spec(p.runtime) else f'runtime missing; python -m pip install "edgekit[{p.runtime}]"'
+        p.id: "ready"
+        if p.simulation or util.find_spec(p.runtime)
+        else f'runtime missing; python -m pip install "edgekit[{p.runtime}]"'
         for p in known.list_profiles()
     }
     cache = known.cache_dir()

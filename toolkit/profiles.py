@@ -118,6 +118,15 @@ def _checked(profile: Profile, source: str) -> Profile:
         raise UsageError(f"{source}: {profile.id!r} is no profile id.", "Use lower-case letters and digits, joined by . _ or -.")
     if profile.threads < 1 or profile.batch < 1 or profile.channel_step < 0:
         raise UsageError(f"{source}: threads and batch must be at least 1, channel_step at least 0.", "Correct the file.")
+    if (profile.runtime == "simulated") != (profile.simulation is not None):
+        raise UsageError(
+            f"{source}: a simulated device is described by `simulation`, and no other is.",
+            "Give `simulation` with the runtime `simulated`; hw_profiles/simulated-cpu is an example.",
+        )
+    if profile.simulation is not None:
+        law = profile.simulation.law
+        if min(law.macs_per_s, law.bytes_per_s, law.block_in, law.block_out, law.tile_pixels, law.grouped_rate) <= 0:
+            raise UsageError(f"{source}: the rates and blocks of a law must be positive.", "Correct the file.")
     return profile
 
 

@@ -24,7 +24,7 @@ SCHEMA = 1
 
 GroupKind = Literal["conv", "neurons", "residual", "heads", "head_dim"]
 Category = Literal["critical", "neutral", "detrimental", "undecided"]
-Statistic = Literal["median", "p90", "p99"]
+Statistic = Literal["median", "p90", "p95", "p99"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Format = Literal["onnx", "openvino", "tensorrt"]
 
@@ -140,6 +140,63 @@ class Fingerprint(Record, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:12]
 
 
+class Law(Record, frozen=True, kw_only=True):
+    """What a kernel costs on a simulated device: launch_ns + max(work / rate, bytes / bandwidth).
+
+    Channels in and out are rounded up to their blocks, each for itself, and the work is their product: a staircase with a joint
+    cost. With `tiles` > 0 the output is cut into tiles of `block_out` channels x `tile_pixels` pixels, of which so many run at a
+    time, and the last wave is paid whole.
+    """
+
+    macs_per_s: float
+    bytes_per_s: float
+    launch_ns: float  # per kernel
+    inference_ns: float  # once per inference
+    block_in: int = 1
+    block_out: int = 1
+    tiles: int = 0
+    tile_pixels: int = 1
+    grouped_rate: float = 1.0  # share of the rate that grouped and depthwise convolutions get
+
+
+class Drift(Record, frozen=True, kw_only=True):
+    """Speed that wanders: its logarithm is an Ornstein-Uhlenbeck process of this deviation and correlation time."""
+
+    deviation: float = 0.0
+    correlation_s: float = 1.0
+
+
+class Burst(Record, frozen=True, kw_only=True):
+    """Foreign load that comes and goes: present for `share` of the time, `length_s` at a time, and taking `takes` of the core."""
+
+    share: float = 0.0
+    length_s: float = 1.0
+    takes: float = 0.5
+
+
+class Heat(Record, frozen=True, kw_only=True):
+    """Power that warms the device with time constant `tau_s`; above `limit_c` the clock falls by `slope` per degree."""
+
+    ambient_c: float = 25.0
+    rise_c: float = 30.0  # over ambient, after a long time at full clock
+    tau_s: float = 20.0
+    limit_c: float = 1000.0
+    slope: float = 0.03
+    power_w: float = 5.0
+    clock_hz: float = 1e9
+
+
+class Simulation(Record, frozen=True, kw_only=True):
+    """A simulated device. The same seed gives the same samples; for determinism, never for a claim about speed."""
+
+    law: Law
+    noise: float = 0.0  # relative size of the right tail of each kernel's time
+    drift: Drift = Drift()
+    burst: Burst = Burst()
+    heat: Heat = Heat()
+    seed: int = 0
+
+
 class Profile(Record, frozen=True, kw_only=True):
     """A hardware profile: one way to run a model on one device. `hw_profiles/<id>/profile.json`."""
 
@@ -153,6 +210,7 @@ class Profile(Record, frozen=True, kw_only=True):
     batch: int = 1
     channel_step: int = 0  # 0: probed on the device
     description: str = ""
+    simulation: Simulation | None = None  # of a simulated device, and of no other
 
 
 class TableRow(Record, frozen=True, kw_only=True):
@@ -332,16 +390,24 @@ class Manifest(Record, frozen=True, kw_only=True):
     versions: dict[str, str]
 
 
-class Load(Record, frozen=True, kw_only=True):
-    """What else the machine was doing: shares of time over the measurement; -1 where the kernel does not say."""
+class Conditions(Record, frozen=True, kw_only=True):
+    """What the machine was doing during a measurement. What is None is in `absent` with the reason."""
 
-    cpu_pressure: float = -1.0
-    steal: float = -1.0
-    run_queue: float = -1.0
+    waiting: float | None = None  # threads of ours that wanted a core and had none, on average over the time
+    cpu_pressure: float | None = None  # share of the time in which some task of the machine waited for a core
+    steal: float | None = None  # share of the core time that the hypervisor gave to others
+    run_queue: float | None = None  # runnable tasks of the machine, ours among them, on average over the readings
+    clock_hz: tuple[float, float] | None = None  # 10th and 90th percentile of the readings
+    temperature_c: tuple[float, float] | None = None  # at the beginning and at the end
+    throttled: int | None = None  # times the processor slowed itself down
+    absent: dict[str, str] = {}
 
 
 class Measurement(Record, frozen=True, kw_only=True):
-    """Latency of one artefact, with its raw samples. `rounds_ns[r]` are the samples of round r, in the order taken."""
+    """Latency of one artefact, with its raw samples. `rounds_ns[r]` are the samples of round r, in the order taken.
+
+    What is None is in `absent` with the reason: a percentile that has too few samples, energy that nothing counts.
+    """
 
     schema: int = SCHEMA
     artefact: str
@@ -349,31 +415,124 @@ class Measurement(Record, frozen=True, kw_only=True):
     scope: str  # what is inside the timed region
     statistic: Statistic
     latency_ns: float
-    median_ns: float
+    latency_ci95_ns: tuple[float, float]
+    median_ns: float | None
     p90_ns: float | None
+    p95_ns: float | None
     p99_ns: float | None
+    energy_j: float | None  # of the whole processor, per inference
     samples: int
     warmup: int
     rounds_ns: tuple[tuple[int, ...], ...]
     split_half: float  # |median(even rounds) - median(odd rounds)| / median
     drift: float  # change of the reference over the session, relative
-    load: Load
+    conditions: Conditions
     executed_precision: str
     fresh_process: bool
     measured_at: str
     valid: bool
     invalid_reasons: tuple[str, ...]
+    absent: dict[str, str] = {}
 
 
 class Comparison(Record, frozen=True, kw_only=True):
-    """Two artefacts timed interleaved (A B B A). `ratio`: statistic of B over that of A, 95 % bootstrap interval over rounds."""
+    """A run's two artefacts timed interleaved (A B B A). `ratio`: statistic of pruned over that of dense."""
 
     schema: int = SCHEMA
     dense: Measurement
     pruned: Measurement
     ratio: float
     ratio_ci95: tuple[float, float]
-    pruned_ci95_ns: tuple[float, float]
+
+
+class Ratio(Record, frozen=True, kw_only=True):
+    """Statistic of `artefact` over that of the first one, with its 95 % bootstrap interval over rounds."""
+
+    artefact: str
+    value: float
+    ci95: tuple[float, float]
+
+
+class Startup(Record, frozen=True, kw_only=True):
+    """What comes before the first answer, in a process that has loaded the runtime and nothing else."""
+
+    artefact: str
+    load_ns: float  # file to ready session: read, optimise, compile
+    first_inference_ns: float
+    reload_ns: float  # the same file again, in the same process
+    memory_peak_bytes: int | None  # growth of the resident memory, from before the load to after the first inferences
+    absent: dict[str, str] = {}
+
+
+class ProfiledKernel(Record, frozen=True, kw_only=True):
+    """One kernel of an artefact in the runtime's own profile, tied to the nodes of the file.
+
+    `name` is the weight it uses, where it has one, and equal for the same place of another artefact. `macs` and `channels` (out)
+    are the file's, 0 where it does not say; shapes are as the runtime lays the activations out, padding included.
+    """
+
+    name: str
+    op: str
+    implementation: str
+    nodes: tuple[str, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shapes: tuple[tuple[int, ...], ...]
+    macs: int
+    channels: int
+    latency_ns: float  # median
+    iqr_ns: float
+
+
+class KernelProfile(Record, frozen=True, kw_only=True):
+    """Where one inference of an artefact goes. Profiling slows it: the kernels' sum is not its latency."""
+
+    artefact: str
+    runs: int
+    kernels: tuple[ProfiledKernel, ...]
+
+
+class KernelChange(Record, frozen=True, kw_only=True):
+    """One kernel of two artefacts. `before_ns` or `after_ns` None: it is not there."""
+
+    name: str
+    before_ns: float | None
+    after_ns: float | None
+    verdict: Literal["faster", "slower", "unchanged", "gone", "new"]
+    why: str
+
+
+class KernelDifference(Record, frozen=True, kw_only=True):
+    """What got faster from the first artefact to `artefact`, what did not, and why; the largest difference first."""
+
+    artefact: str
+    changes: tuple[KernelChange, ...]
+
+
+class Gate(Record, frozen=True, kw_only=True):
+    """A latency held against an earlier one: `ratio` is now over then, both over the reference timed beside them."""
+
+    against: str
+    limit: float  # the largest ratio that passes
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    passed: bool
+    notes: tuple[str, ...] = ()
+
+
+class Benchmark(Record, frozen=True, kw_only=True):
+    """What `edgekit bench` answers: artefacts timed interleaved with each other and with the reference network."""
+
+    schema: int = SCHEMA
+    profile: Profile
+    fingerprint: Fingerprint
+    sustained_s: float
+    measurements: tuple[Measurement, ...]
+    ratios: tuple[Ratio, ...]  # of the second and later ones to the first
+    reference_ns: tuple[tuple[int, ...], ...]  # samples of the reference network, by round
+    startup: tuple[Startup, ...] = ()
+    kernels: tuple[KernelProfile, ...] = ()
+    differences: tuple[KernelDifference, ...] = ()
+    gates: tuple[Gate, ...] = ()
 
 
 # --- report -------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from toolkit.graph.program import BATCH_NORMS  # noqa: E402
 from toolkit.prune.engine import Engine  # noqa: E402
 from toolkit.prune.responses import magnitude_order  # noqa: E402
 from toolkit.run.evaluate import judge, predictions  # noqa: E402
-from toolkit.run.prepare import Device, Images, Traced, load_and_trace, load_images, open_device  # noqa: E402
+from toolkit.run.prepare import Images, Target, Traced, load_and_trace, load_images, open_target  # noqa: E402
 
 SLACK = 0.02  # a network counts as equally fast from (1 - SLACK) of the target up to the target
 GRID, HALVINGS = 1 / 16, 4  # of the pruning ratio: to 1/256
@@ -63,7 +63,7 @@ class Case:
     folder: Path
     request: schema.RunRequest
     report: schema.Report
-    device: Device
+    target: Target
     traced: Traced
     images: Images
     evaluation: torch.Tensor
@@ -82,13 +82,13 @@ class Case:
 def open_case(folder: Path) -> Case:
     request = schema.load_json(schema.RunRequest, folder / "request.json")
     report = schema.load_json(schema.Report, folder / "report.json")
-    device = open_device(request.profile, request.threads, request.precision)
+    target = open_target(request.profile, request.threads, request.precision)
     traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
     images = load_images(request, traced.preprocess, traced.classes, lambda *_: None)
     if images.labels is None:
         raise UsageError(f"{folder} was evaluated on images without labels.", "Take a run whose --eval-data has labels.")
     evaluation = torch.from_numpy(calibration.load_batch(images.evaluation, images.indices, images.transform))
-    return Case(folder, request, report, device, traced, images, evaluation)
+    return Case(folder, request, report, target, traced, images, evaluation)
 
 
 # --- peers: a pruned program for a pruning ratio --------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Stopwatch:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peer.onnx"
             save_onnx(to_onnx(program), path, {})
-            dense, profile, statistic = self.case.folder / "dense.onnx", self.case.device.profile, self.case.report.statistic
+            dense, profile, statistic = self.case.folder / "dense.onnx", self.case.target.profile, self.case.report.statistic
             return bench.compare(profile, dense, path, statistic=statistic, time_limit_s=30.0, fresh_process=fresh)
 
 
@@ -343,8 +343,8 @@ def at_target(case: Case, variants: Mapping[str, Build], stopwatch: Stopwatch, t
 
 def against_run(case: Case, best: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy of edgekit's file minus the peer's, in points, paired by image."""
-    name = next(a.path for a in manifest(case).artefacts if a.role == "pruned" and a.format == case.device.profile.format)
-    own = predictions(case.device, case.folder / name, case.images, "edgekit", lambda *_: None)
+    name = next(a.path for a in manifest(case).artefacts if a.role == "pruned" and a.format == case.target.profile.format)
+    own = predictions(case.target, case.folder / name, case.images, "edgekit", lambda *_: None)
     change = judge(best["predictions"], own, case.labels)
     assert change.dense is not None and change.pruned is not None and change.change_ci95 is not None
     return {

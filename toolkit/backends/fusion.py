@@ -62,7 +62,7 @@ def nodes_behind(original: Any, ends: Sequence[Sequence[str]]) -> list[tuple[str
     """
     producers = {tensor: node for node in original.node for tensor in node.output if tensor}
     order = {id(node): position for position, node in enumerate(original.node)}
-    constant, boundary = _constants(original), {tensor for tensors in ends for tensor in tensors}
+    constant, boundary = constants(original), {tensor for tensors in ends for tensor in tensors}
     claimed: set[int] = set()
     result = []
     for own in ends:
@@ -129,7 +129,7 @@ def _after_fusion(tensor: str, kernel: Any, producers: dict[str, Any], readers: 
     return tensor
 
 
-def _constants(graph: Any) -> set[str]:
+def constants(graph: Any) -> set[str]:
     """Tensors that depend on no input; what makes them runs once, at load."""
     constant = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
     for node in graph.node:

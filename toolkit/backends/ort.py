@@ -132,6 +132,10 @@ def _session(path: Path, options: Any) -> Any:
     import onnxruntime
 
     require_file(path)
+    if path.suffix == ".xml":
+        raise UsageError(
+            f"{path} is OpenVINO's own format, which onnxruntime does not read.", "Run it again with -p local-openvino."
+        )
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import backends
+from toolkit.backends import Session
 from toolkit.bench import stats, timing
 from toolkit.bench.reference import reference_path
-from toolkit.devices import local
-from toolkit.schema import Load, Profile, Statistic
+from toolkit.devices import Device, Reading, conditions
+from toolkit.schema import Conditions, Profile, Record, Statistic
 
-Progress = Callable[[int, int], None]  # rounds done, rounds planned
+Progress = Callable[[str, float, float], None]  # step, done, total
 
-MIN_ROUNDS, ROUNDS = 12, 24
+MIN_ROUNDS, ROUNDS, LOADINGS = 12, 24, 2
 MAX_SPLIT_HALF, MAX_HALF_WIDTH, MAX_DRIFT = 0.05, 0.04, 0.25
+MAX_WAITING, MAX_CLOCK_SPREAD = 0.05, 0.05
 MAX_STEAL, MAX_PRESSURE = 0.05, 0.25  # shares of time; they count only where the interval is wide as well
+
+
+class Request(Record, frozen=True, kw_only=True):
+    """What is to be measured: artefacts, interleaved; the first is what the others are compared with.
+
+    `min_samples` are taken of each whatever it costs; `time_limit_s` bounds what is taken beyond. `sustained_s` is how long the
+    artefacts run, interleaved as they will be timed, before the first sample counts.
+    """
+
+    profile: Profile
+    paths: tuple[str, ...]
+    statistic: Statistic
+    feeds_seed: int
+    min_samples: int
+    time_limit_s: float
+    sustained_s: float
+    retries: int
 
 
 @dataclass(frozen=True)
@@ -28,40 +46,93 @@ class Taken:
 
     rounds: tuple[stats.Rounds, ...]
     reference: stats.Rounds
+    energy_j: tuple[float | None, ...]  # per inference
     warmup: tuple[int, ...]
     executed: tuple[str, ...]
-    load: Load
+    conditions: Conditions
 
 
-def take(
-    profile: Profile, paths: Sequence[Path], feeds_seed: int, min_samples: int, time_limit_s: float, progress: Progress | None
-) -> Taken:
-    """Time the artefacts with the reference in the same rounds. After the time limit no round is begun, but two always are."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        backend = backends.get(profile.runtime)
-        calls: list[timing.Call] = []
-        executed: list[str] = []
-        for path in (reference_path(Path(folder)), *paths):
-            opened = stack.enter_context(closing(backend.open(path, threads=profile.threads, precision=profile.precision)))
-            calls.append(opened.prepare(backends.random_feeds(opened.inputs, feeds_seed)))
-            executed.append(opened.executed_precision()[0])
+def take(device: Device, request: Request, progress: Progress | None) -> Taken:
+    """Time the artefacts with the reference in the same rounds. After the time limit no round is begun, but for `min_samples`.
 
-        warm = [timing.warm_up(call) for call in calls]
-        at_least = -(-min_samples // (2 * ROUNDS))
-        bursts = [timing.burst_length(median, at_least if index else 1) for index, (_, median) in enumerate(warm)]
-        planned = max(ROUNDS, -(-min_samples // (2 * min(bursts[1:]))))
-        taken = []
-        before = local.read_load()
-        for done, samples in enumerate(timing.interleaved(calls, bursts, planned), 1):
-            taken.append(samples)
-            if progress is not None:
-                progress(done, planned)
-            if done >= 2 and time.monotonic() - started > time_limit_s:
-                break
-        load = local.load_between(before, local.read_load())
-    reference, *rounds = zip(*taken, strict=True)
-    return Taken(tuple(rounds), reference, tuple(made for made, _ in warm[1:]), tuple(executed[1:]), load)
+    The artefacts are loaded twice, the second time in reverse order, and each loading gives half of the rounds: where in memory
+    an artefact comes to lie is worth some tenths of a per cent, which then are within the rounds' spread and not in the ratio.
+    """
+    shown = progress or (lambda step, done, total: None)
+    clock = device.clock_ns
+    taken: list[tuple[timing.Turn, ...]] = []
+    readings, limit_ns = list[Reading](), request.time_limit_s * 1e9
+    warmup, bursts, planned, spent = [0] * len(request.paths), list[int](), ROUNDS, 0
+    with tempfile.TemporaryDirectory() as folder:
+        reference = reference_path(Path(folder))
+        for loading in range(LOADINGS):
+            with ExitStack() as stack:
+                opened, calls = _open(device, request, reference, stack, backwards=bool(loading % 2))
+                for index, call in enumerate(calls):
+                    shown("warm-up", index, len(calls))
+                    made, median = timing.warm_up(call, clock)
+                    warmup[index - 1] += made if index else 0
+                    if not loading:
+                        at_least = -(-request.min_samples // (2 * ROUNDS)) if index else 1
+                        bursts.append(timing.burst_length(median, at_least))
+                heat_s = request.sustained_s / (4 if loading else 1)  # it has cooled a little while loading
+                for passed in _heated(calls, bursts, clock, heat_s):
+                    shown("sustained load", passed, heat_s)
+                    warmup = [made + 2 * burst for made, burst in zip(warmup, bursts[1:], strict=True)]
+                needed = -(-request.min_samples // (2 * min(bursts[1:])))
+                planned = max(ROUNDS, needed)
+                until = planned * (loading + 1) // LOADINGS
+                started = clock()
+                readings.append(device.read())
+                for turns in timing.interleaved(calls[0], calls[1:], bursts, until - len(taken), clock, device.energy_j):
+                    taken.append(turns)
+                    readings.append(device.read())
+                    shown("rounds", len(taken), planned)
+                    late = spent + clock() - started > limit_ns * (loading + 1) / LOADINGS
+                    if late and len(taken) >= max(2 * loading + 2, needed * (loading + 1) // LOADINGS):
+                        break
+                spent += clock() - started
+                executed = tuple(session.executed_precision()[0] for session in opened)
+    first, *rounds = zip(*taken, strict=True)
+    return Taken(
+        rounds=tuple([turn.samples_ns for turn in own] for own in rounds),
+        reference=[turn.samples_ns for turn in first],
+        energy_j=tuple(map(_joules, rounds)),
+        warmup=tuple(warmup),
+        executed=executed,
+        conditions=conditions(readings),
+    )
+
+
+def _open(
+    device: Device, request: Request, reference: Path, stack: ExitStack, *, backwards: bool
+) -> tuple[list[Session], list[timing.Call]]:
+    """The artefacts' sessions in their order, however they were loaded, and the calls of the reference and of each."""
+    profile, backend = request.profile, device.backend(request.profile.runtime)
+
+    def load(path: Path) -> tuple[Session, timing.Call]:
+        session = stack.enter_context(closing(backend.open(path, threads=profile.threads, precision=profile.precision)))
+        return session, session.prepare(backends.random_feeds(session.inputs, request.feeds_seed))
+
+    _, first = load(reference)
+    loaded = [load(Path(path)) for path in (reversed(request.paths) if backwards else request.paths)]
+    ordered = loaded[::-1] if backwards else loaded
+    return [session for session, _ in ordered], [first, *(call for _, call in ordered)]
+
+
+def _heated(calls: Sequence[timing.Call], bursts: Sequence[int], clock: timing.Clock, seconds: float) -> Iterator[float]:
+    """Run the artefacts as they will be timed until so many seconds have passed; yields the seconds after each round."""
+    started = clock()
+    while (passed := (clock() - started) / 1e9) < seconds:
+        next(timing.interleaved(calls[0], calls[1:], bursts, 1, clock))
+        yield passed
+
+
+def _joules(turns: tuple[timing.Turn, ...]) -> float | None:
+    """Energy per inference."""
+    spent = [turn.energy_j for turn in turns]
+    known = [joules for joules in spent if joules is not None]
+    return sum(known) / sum(len(turn.samples_ns) for turn in turns) if len(known) == len(spent) else None
 
 
 def objections(
@@ -80,17 +151,35 @@ def objections(
         reasons.append(f"even and odd rounds differ by {halves:.1%}, more than {MAX_SPLIT_HALF:.0%}")
     if half_width > MAX_HALF_WIDTH:
         reasons.append(f"the 95 % interval is +-{half_width:.1%}, wider than +-{MAX_HALF_WIDTH:.0%}")
-    for share, limit, what in (
-        (taken.load.steal, MAX_STEAL, "of the core time was taken by other machines on the same host"),
-        (taken.load.cpu_pressure, MAX_PRESSURE, "of the time some task waited for a core"),
-    ):
-        if share > limit and half_width > MAX_HALF_WIDTH / 2:
-            reasons.append(f"{share:.0%} {what}, and the interval is +-{half_width:.1%}")
+    reasons += _machine(taken.conditions, half_width)
     drift = stats.drift(taken.reference)
-    if abs(drift) > MAX_DRIFT and len(taken.rounds) == 2:
-        apart = stats.split_half_ratio(taken.rounds[0], taken.rounds[1], statistic)
+    if abs(drift) > MAX_DRIFT and len(taken.rounds) > 1:
+        apart = max(stats.split_half_ratio(taken.rounds[0], other, statistic) for other in taken.rounds[1:])
         if apart > MAX_SPLIT_HALF:
             reasons.append(f"the machine's speed drifted by {drift:+.0%} and the ratio by {apart:.1%}")
     elif abs(drift) > MAX_DRIFT:
         reasons.append(f"the machine's speed drifted by {drift:+.0%}, and nothing was measured beside it to hold against")
     return tuple(reasons)
+
+
+def _machine(found: Conditions, half_width: float) -> list[str]:
+    """What the machine did that a latency should not be measured under."""
+    reasons = []
+    if found.waiting is not None and found.waiting > MAX_WAITING:
+        reasons.append(
+            f"other work on this machine kept the measured threads waiting for a core {found.waiting:.0%} of the time,"
+            f" more than {MAX_WAITING:.0%}"
+        )
+    for share, limit, what in (
+        (found.steal, MAX_STEAL, "of the core time was taken by other machines on the same host"),
+        (found.cpu_pressure, MAX_PRESSURE, "of the time some task waited for a core"),
+    ):
+        unseen = found.waiting is None and what.startswith("of the time")
+        if share is not None and share > limit and (unseen or half_width > MAX_HALF_WIDTH / 2):
+            reasons.append(f"{share:.0%} {what}, and the interval is +-{half_width:.1%}")
+    if found.clock_hz is not None and found.clock_hz[0] < (1 - MAX_CLOCK_SPREAD) * found.clock_hz[1]:
+        low, high = (clock / 1e6 for clock in found.clock_hz)
+        reasons.append(f"the clock changed between {low:.0f} and {high:.0f} MHz; --sustained 60s measures after it has settled")
+    if found.throttled:
+        reasons.append(f"the processor throttled {found.throttled} times; --sustained 60s measures the settled speed")
+    return reasons

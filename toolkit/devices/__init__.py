@@ -1,1 +1,26 @@
-"""Ways to reach a device."""
+"""Devices. One module per way to reach one, each a `Device`; `open` is the only place that knows which exist."""
+
+from __future__ import annotations
+
+from toolkit.devices import local, simulated
+from toolkit.devices.base import Device, Facts, Reading, conditions
+from toolkit.errors import UsageError
+from toolkit.schema import Profile
+
+__all__ = ["Device", "Facts", "Reading", "conditions", "open"]
+
+
+def open(profile: Profile) -> Device:
+    """The device of a profile.
+
+    Raises:
+        UsageError: it is neither this machine nor a simulated one.
+    """
+    if profile.simulation is not None:
+        return simulated.Simulated(profile.device, profile.simulation)
+    if profile.device == "local":
+        return local.Local()
+    raise UsageError(
+        f"Profile {profile.id} is of the device {profile.device!r}, which this version cannot reach.",
+        "Choose a profile whose device is `local` (see `edgekit profiles`), or run edgekit on that device.",
+    )

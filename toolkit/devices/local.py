@@ -1,74 +1,142 @@
-"""This machine: what it is, and what else it is doing."""
+"""This machine: what it is, what else it is doing, and what its sensors say."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
+from toolkit import backends
+from toolkit.backends import Backend
+from toolkit.devices.base import Facts, Reading
 from toolkit.profiles import describe_cpu
-from toolkit.schema import Load
 
-_PROC = Path("/proc")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The processor as fingerprints name it, and the cores this process may use."""
-
-    cpu: str
-    cores: int
-    instruction_set: str
+_PROCESSOR_ZONES = re.compile(r"cpu|x86_pkg|soc|core|package", re.IGNORECASE)
+_PROCESSOR_MONITORS = ("coretemp", "k10temp", "cpu_thermal", "zenpower")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Counters of the kernel at one moment. None where it does not say."""
+class Local:
+    """`Device` on the machine this runs on. `root` is where its /proc and /sys lie."""
 
-    at_s: float
-    pressure_us: int | None
-    steal_ticks: int | None
-    all_ticks: int | None
-    runnable: int | None
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._proc, self._sys = root / "proc", root / "sys"
+        self._packages = self._find_packages()
+        self._joules = [0.0] * len(self._packages)
+        self._last = [self._microjoules(package) for package in self._packages]
+
+    def facts(self) -> Facts:
+        cpu, instruction_set = describe_cpu(
+            _text(self._proc / "cpuinfo"), _text(self._proc / "device-tree/model"), platform.machine()
+        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Facts(cpu=cpu, cores=cores, instruction_set=instruction_set)
+
+    def backend(self, runtime: str) -> Backend:
+        return backends.get(runtime)
+
+    def clock_ns(self) -> int:
+        return time.perf_counter_ns()
+
+    def now(self) -> datetime:
+        return datetime.now(timezone.utc)
+
+    def read(self) -> Reading:
+        pressure = next((line for line in _text(self._proc / "pressure/cpu").splitlines() if line.startswith("some")), "")
+        ticks = [int(tick) for tick in _text(self._proc / "stat").partition("\n")[0].split()[1:9]]
+        average = _text(self._proc / "loadavg").split()
+        waits = [_text(task).split() for task in self._proc.glob("self/task/*/schedstat")]
+        clocks = [_number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")]
+        throttles = [
+            _number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")
+        ]
+        reading = {
+            "waited_ns": sum(int(fields[1]) for fields in waits if len(fields) == 3) if any(waits) else None,
+            "pressure_us": int(pressure.rpartition("total=")[2]) if "total=" in pressure else None,
+            "steal_ticks": ticks[7] if len(ticks) == 8 else None,
+            "runnable": int(average[3].partition("/")[0]) if len(average) > 3 else None,
+            # The core that is at work is the fastest; idle ones rest at their lowest clock.
+            "clock_hz": max((clock * 1e3 for clock in clocks if clock is not None), default=None),
+            "temperature_c": self._temperature(),
+            "throttled": round(sum(count for count in throttles if count is not None)) if any(throttles) or throttles else None,
+        }
+        said = {
+            "waited_ns": ("waiting", "/proc/self/task/*/schedstat"),
+            "pressure_us": ("cpu_pressure", "/proc/pressure/cpu"),
+            "steal_ticks": ("steal", "/proc/stat"),
+            "runnable": ("run_queue", "/proc/loadavg"),
+            "clock_hz": ("clock_hz", "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"),
+            "temperature_c": ("temperature_c", "/sys/class/thermal and /sys/class/hwmon"),
+            "throttled": ("throttled", "/sys/devices/system/cpu/cpu*/thermal_throttle"),
+        }
+        absent = {said[key][0]: f"this kernel has no {said[key][1]}" for key, value in reading.items() if value is None}
+        if not os.access(self._proc / "self/clear_refs", os.W_OK):
+            absent["memory_peak_bytes"] = "this kernel lets no process forget its highest memory (/proc/self/clear_refs)"
+        if not self._packages:
+            absent["energy_j"] = "this kernel has no /sys/class/powercap/intel-rapl:*/energy_uj"
+        elif None in self._last:
+            absent["energy_j"] = "/sys/class/powercap/intel-rapl:*/energy_uj may be read by root only"
+        return Reading(at_ns=self.clock_ns(), all_ticks=sum(ticks) if len(ticks) == 8 else None, absent=absent, **reading)  # type: ignore[arg-type]
+
+    def watch_memory(self) -> Callable[[], int | None]:
+        try:
+            (self._proc / "self/clear_refs").write_text("5")  # forget the highest so far
+        except OSError:
+            return lambda: None
+        before = self._status("VmRSS")
+        return lambda: None if before is None or (peak := self._status("VmHWM")) is None else max(0, peak - before)
+
+    def energy_j(self) -> float | None:
+        """All packages together, since this object was made; the counters' wrapping is undone."""
+        for index, package in enumerate(self._packages):
+            now, before = self._microjoules(package), self._last[index]
+            if now is None or before is None:
+                return None
+            span = _number(package / "max_energy_range_uj") or 0.0
+            self._joules[index] += (now - before if now >= before else now - before + span) / 1e6
+            self._last[index] = now
+        return sum(self._joules) if self._packages else None
+
+    def _status(self, name: str) -> int | None:
+        """A size of this process in bytes."""
+        found = re.search(rf"^{name}:\s+(\d+) kB$", _text(self._proc / "self/status"), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+
+    def _find_packages(self) -> list[Path]:
+        zones = sorted(self._sys.glob("class/powercap/intel-rapl:*"))
+        return [zone for zone in zones if _text(zone / "name").startswith("package")]
+
+    @staticmethod
+    def _microjoules(package: Path) -> float | None:
+        return _number(package / "energy_uj")
+
+    def _temperature(self) -> float | None:
+        """The hottest sensor of the processor; of the board where none says that it is the processor's."""
+        zones = {zone: _number(zone / "temp") for zone in self._sys.glob("class/thermal/thermal_zone*")}
+        own = {zone: value for zone, value in zones.items() if _PROCESSOR_ZONES.search(_text(zone / "type"))}
+        monitors = [m for m in self._sys.glob("class/hwmon/hwmon*") if _text(m / "name").strip() in _PROCESSOR_MONITORS]
+        values = [*own.values(), *(_number(file) for monitor in monitors for file in monitor.glob("temp*_input"))]
+        values = values or list(zones.values())
+        return max((value / 1e3 for value in values if value is not None), default=None)
 
 
 def facts() -> Facts:
     """What this machine is."""
-    cpu, instruction_set = describe_cpu(_text("cpuinfo"), _text("device-tree/model"), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Facts(cpu=cpu, cores=cores, instruction_set=instruction_set)
+    return Local().facts()
 
 
-def read_load() -> Reading:
-    """The counters now."""
-    pressure = next((line for line in _text("pressure/cpu").splitlines() if line.startswith("some")), "")
-    ticks = [int(tick) for tick in _text("stat").partition("\n")[0].split()[1:9]]
-    average = _text("loadavg").split()
-    return Reading(
-        at_s=time.monotonic(),
-        pressure_us=int(pressure.rpartition("total=")[2]) if "total=" in pressure else None,
-        steal_ticks=ticks[7] if len(ticks) == 8 else None,
-        all_ticks=sum(ticks) if len(ticks) == 8 else None,
-        runnable=int(average[3].partition("/")[0]) if len(average) > 3 else None,
-    )
-
-
-def load_between(before: Reading, after: Reading) -> Load:
-    """Shares of time in which some task waited for a core and in which the hypervisor took one; mean number of runnable tasks."""
-    wall_us, pressure, steal, queue = (after.at_s - before.at_s) * 1e6, -1.0, -1.0, -1.0
-    if before.pressure_us is not None and after.pressure_us is not None and wall_us > 0:
-        pressure = min(1.0, (after.pressure_us - before.pressure_us) / wall_us)
-    if None not in (before.steal_ticks, after.steal_ticks, before.all_ticks, after.all_ticks):
-        steal = (after.steal_ticks - before.steal_ticks) / max(1, after.all_ticks - before.all_ticks)  # type: ignore[operator]
-    if before.runnable is not None and after.runnable is not None:
-        queue = (before.runnable + after.runnable) / 2
-    return Load(cpu_pressure=pressure, steal=steal, run_queue=queue)
-
-
-def _text(name: str) -> str:
+def _text(path: Path) -> str:
     try:
-        return (_PROC / name).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(_text(path))
+    except ValueError:
+        return None

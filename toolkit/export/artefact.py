@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from toolkit import backends
+from toolkit.backends import Backend, Session
 from toolkit.errors import ParityError
 from toolkit.export.onnx_ import save_onnx, to_onnx
 from toolkit.graph import Program
@@ -39,7 +39,7 @@ def export_artefacts(
     stem: str,
     *,
     role: Literal["dense", "pruned"],
-    runtime: str,
+    backend: Backend,
     formats: tuple[Format, ...],
     precision: Precision,
     threads: int,
@@ -49,7 +49,7 @@ def export_artefacts(
     """Write `stem`.onnx and, where asked, the OpenVINO IR `stem`.xml; check each against the program.
 
     Args:
-        runtime: the one whose parity counts for the ONNX file.
+        backend: the runtime that reads the files back; OpenVINO for its IR.
         samples: inputs [1, C, H, W] by kind (`random`, `real`).
 
     Raises:
@@ -59,13 +59,13 @@ def export_artefacts(
     model = to_onnx(program)
     save_onnx(model, onnx_path, metadata)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    artefacts = [describe(program, onnx_path, "onnx", role, runtime, opset, precision, threads, samples)]
+    artefacts = [describe(program, onnx_path, "onnx", role, backend, opset, precision, threads, samples)]
     if "openvino" in formats:
         from toolkit.backends import openvino_
 
         ir = folder / f"{stem}.xml"
         openvino_.convert(onnx_path, ir, compress_to_fp16=precision == "fp16")
-        artefacts.append(describe(program, ir, "openvino", role, "openvino", opset, precision, threads, samples))
+        artefacts.append(describe(program, ir, "openvino", role, backend, opset, precision, threads, samples))
     return tuple(artefacts)
 
 
@@ -74,14 +74,14 @@ def describe(
     path: Path,
     format: Format,
     role: Literal["dense", "pruned"],
-    runtime: str,
+    backend: Backend,
     opset: int,
     precision: Precision,
     threads: int,
     samples: Mapping[str, np.ndarray[Any, Any]],
 ) -> Artefact:
     """Read the file back in its runtime and compare it with the program."""
-    session = backends.get(runtime).open(path, threads=threads, precision=precision)
+    session = backend.open(path, threads=threads, precision=precision)
     try:
         parity = tuple(compare(program, session, kind, x, path.name, TOLERANCE[precision]) for kind, x in samples.items())
         executed, source = session.executed_precision()
@@ -109,9 +109,7 @@ def describe(
         session.close()
 
 
-def compare(
-    program: Program, session: backends.Session, kind: str, x: np.ndarray[Any, Any], step: str, tolerance: float
-) -> Parity:
+def compare(program: Program, session: Session, kind: str, x: np.ndarray[Any, Any], step: str, tolerance: float) -> Parity:
     """Largest difference over the largest output, over all outputs.
 
     Raises:

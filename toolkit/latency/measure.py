@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from toolkit.backends import Backend
+from toolkit.devices import Device
 from toolkit.errors import TableError
 from toolkit.latency.predict import LatencyModel, fit_model
 from toolkit.latency.sites import find_sites
@@ -31,7 +31,7 @@ MIN_COVERAGE = 0.9
 def measure_model(
     profile: Profile,
     fingerprint: Fingerprint,
-    backend: Backend,
+    device: Device,
     maker: VariantMaker,
     candidates: Mapping[str, Sequence[int]],
     folder: Path,
@@ -60,7 +60,7 @@ def measure_model(
     if header.exists():
         load_table(folder, fingerprint)  # damage is told before the time for a measurement is spent
     samples = measure_networks(
-        profile, fingerprint, backend, maker, sites, plan, extra, own, seconds=seconds, seed=seed, progress=progress
+        profile, fingerprint, device, maker, sites, plan, extra, own, seconds=seconds, seed=seed, progress=progress
     )
     rows = kernel_rows(samples, sites)
     if before is None or not header.exists():

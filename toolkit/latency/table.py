@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,9 +18,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.backends import Backend, random_feeds
+from toolkit.backends import random_feeds
 from toolkit.bench.reference import reference_path
-from toolkit.bench.timing import time_burst
+from toolkit.bench.timing import Clock, time_burst
+from toolkit.devices import Device
 from toolkit.errors import TableError, UsageError
 from toolkit.latency.sites import KERNEL_SHARE, Site, SiteTime, attribute, undisturbed
 from toolkit.latency.variants import VariantMaker
@@ -117,7 +117,7 @@ def _stratified(widths: Sequence[int], count: int, rng: np.random.Generator) -> 
 def measure_networks(
     profile: Profile,
     fingerprint: Fingerprint,
-    backend: Backend,
+    device: Device,
     maker: VariantMaker,
     sites: Sequence[Site],
     plan: Sequence[tuple[str, dict[str, int]]],
@@ -143,10 +143,10 @@ def measure_networks(
     if done and not missing:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    timer = _Timer(profile, backend, folder)
-    end = time.perf_counter() + seconds * len(missing) / max(len(wanted), 1)
+    timer = _Timer(profile, device, folder)
+    end = timer.now_s() + seconds * len(missing) / max(len(wanted), 1)
     for position, (role, widths, path) in enumerate(missing):
-        allowance = max(0.0, end - time.perf_counter()) / (len(missing) - position)
+        allowance = max(0.0, end - timer.now_s()) / (len(missing) - position)
         file = path or maker.write(widths, folder)
         networks.append(timer.measure(file, role, widths, sites if path is None else (), allowance))
         with partial.open("ab") as stream:
@@ -163,31 +163,35 @@ def measure_networks(
 class _Timer:
     """Times networks beside the reference network, which stays loaded."""
 
-    def __init__(self, profile: Profile, backend: Backend, folder: Path) -> None:
-        self.profile, self.backend = profile, backend
+    def __init__(self, profile: Profile, device: Device, folder: Path) -> None:
+        self.profile, self.backend, self.clock = profile, device.backend(profile.runtime), device.clock_ns
         self.reference = self._call(reference_path(folder), "fp32")
-        self.reference_burst = _burst_length(self.reference)
+        self.reference_burst = _burst_length(self.reference, self.clock)
+
+    def now_s(self) -> float:
+        """The device's clock."""
+        return self.clock() / 1e9
 
     def measure(self, path: Path, role: str, widths: dict[str, int], sites: Sequence[Site], allowance: float) -> NetworkSample:
         """Both passes over one network within about `allowance` seconds."""
-        end = time.perf_counter() + allowance
+        end = self.now_s() + allowance
         call = self._call(path, self.profile.precision)
-        length = _burst_length(call)
+        length = _burst_length(call, self.clock)
         times: list[SiteTime] = []
         lost = profiled_reference = 0.0
         if sites:
-            one = float(np.median(time_burst(call, 2))) / 1e9
+            one = float(np.median(time_burst(call, 2, self.clock))) / 1e9
             runs = int(np.clip(allowance * PROFILED_SHARE / one, MIN_RUNS, MAX_RUNS))
-            before = time_burst(self.reference, self.reference_burst * 2)
+            before = time_burst(self.reference, self.reference_burst * 2, self.clock)
             kernels = self.backend.profile(path, threads=self.profile.threads, precision=self.profile.precision, runs=runs)
-            after = time_burst(self.reference, self.reference_burst * 2)
+            after = time_burst(self.reference, self.reference_burst * 2, self.clock)
             profiled_reference = undisturbed(np.concatenate([before, after]), KERNEL_SHARE)
             times, lost = attribute(kernels, sites)
         own: list[NDArray[np.int64]] = []
         references: list[NDArray[np.int64]] = []
-        while len(own) < MIN_ROUNDS or (time.perf_counter() < end and len(own) < MAX_ROUNDS):
-            references.append(time_burst(self.reference, self.reference_burst))
-            own.append(time_burst(call, length))
+        while len(own) < MIN_ROUNDS or (self.now_s() < end and len(own) < MAX_ROUNDS):
+            references.append(time_burst(self.reference, self.reference_burst, self.clock))
+            own.append(time_burst(call, length, self.clock))
         reference = undisturbed(np.concatenate(references), NETWORK_SHARE)
         return NetworkSample(
             widths=widths,
@@ -208,9 +212,9 @@ class _Timer:
         return session.prepare(feeds)
 
 
-def _burst_length(call: Callable[[], object]) -> int:
-    time_burst(call, 2)
-    return int(np.clip(BURST_NS / np.median(time_burst(call, 3)), 2, 60))
+def _burst_length(call: Callable[[], object], clock: Clock) -> int:
+    time_burst(call, 2, clock)
+    return int(np.clip(BURST_NS / np.median(time_burst(call, 3, clock)), 2, 60))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------

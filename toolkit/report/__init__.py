@@ -5,6 +5,6 @@ twice here.
 from __future__ import annotations
 
 from toolkit.report.page import html
-from toolkit.report.terminal import summary_text, verdict_line
+from toolkit.report.terminal import benchmark_text, gate_line, summary_text, verdict_line
 
-__all__ = ["html", "summary_text", "verdict_line"]
+__all__ = ["benchmark_text", "gate_line", "html", "summary_text", "verdict_line"]

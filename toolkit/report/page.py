@@ -22,7 +22,6 @@ def html(report: Report, comparison: Comparison) -> str:
     environment.filters.update(
         minus=_minus,
         sentence=_sentence,
-        load=_load,
         when=_when,
         time=lambda latency_ns: units.duration(latency_ns, report.budget_ns),
     )
@@ -31,6 +30,12 @@ def html(report: Report, comparison: Comparison) -> str:
         report=report,
         comparison=comparison,
         dense=comparison.dense,
+        conditions=[
+            (name, before, after)
+            for (name, before), (_, after) in zip(
+                units.conditions(comparison.dense.conditions), units.conditions(comparison.pruned.conditions), strict=True
+            )
+        ],
         pruned=comparison.pruned,
         categories=figures.CATEGORIES,
         groups_shown=figures.GROUPS_SHOWN,
@@ -108,7 +113,3 @@ def _when(timestamp: str) -> str:
     except ValueError:
         return timestamp
     return f"{moment.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC" if moment.tzinfo else timestamp
-
-
-def _load(fraction: float) -> str:
-    return units.share(fraction) if fraction >= 0 else "not readable"

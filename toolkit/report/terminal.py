@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.report import units
-from toolkit.schema import Report
+from toolkit.schema import Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 GROUPS_SHOWN = 40
 KERNELS_SHOWN = 8
+BENCH_KERNELS_SHOWN = 20
 
 
 def verdict_line(report: Report) -> str:
@@ -178,4 +179,117 @@ def _kernels(report: Report) -> Table:
     if rest:
         dense, pruned = sum(kernel.dense_ns for kernel in rest), sum(kernel.pruned_ns for kernel in rest)
         table.add_row(f"{len(rest)} others", units.duration(dense), units.duration(pruned), units.duration(dense - pruned), "")
+    return table
+
+
+def benchmark_text(found: Benchmark) -> RenderableType:
+    """What `edgekit bench` measured, as one rich renderable: latencies, ratios, loading, conditions, kernels."""
+    from rich.console import Group
+    from rich.text import Text
+
+    profile, first = found.profile, found.measurements[0]
+    settled = f", after {found.sustained_s:g} s of sustained load" if found.sustained_s else ""
+    parts: list[RenderableType] = [
+        Text(f"{profile.id}: {found.fingerprint.runtime} {found.fingerprint.runtime_version}{settled}", style="dim"),
+        Text(f"timed: {first.scope}", style="dim"),
+        _latencies(found),
+        _percentiles(found),
+    ]
+    if found.startup:
+        parts.append(_startup(found))
+    parts.append(_conditions(first))
+    parts += [_profile(each) for each in found.kernels if len(found.kernels) == 1]
+    parts += [_difference(each) for each in found.differences]
+    for measured in found.measurements:
+        parts += [_hanging(f"{measured.artefact}, {name}: {why}") for name, why in measured.absent.items() if name != "energy_j"]
+    parts += [_hanging(f"{name} not known: {why}") for name, why in _unknown(found).items()]
+    return Group(*parts)
+
+
+def gate_line(gate: Gate) -> str:
+    """`PASSED  1.012x (0.998 to 1.024) of earlier.json: model.onnx, limit 1.050x`."""
+    low, high = gate.ratio_ci95
+    word = "PASSED" if gate.passed else "FAILED"
+    notes = "".join(f"; {note}" for note in gate.notes)
+    return f"{word}  {gate.ratio:.3f}x ({low:.3f} to {high:.3f}) of {gate.against}, limit {gate.limit:.3f}x{notes}"
+
+
+def _latencies(found: Benchmark) -> Table:
+    first = found.measurements[0]
+    table = _table("Latency", ("artefact", False), (first.statistic, True), ("95 % interval", True), ("to the first", True))
+    for index, each in enumerate(found.measurements):
+        ratio = ""
+        if index:
+            low, high = found.ratios[index - 1].ci95
+            ratio = f"{found.ratios[index - 1].value:.3f}x ({low:.3f} to {high:.3f})"
+        latency = units.duration(each.latency_ns, first.latency_ns)
+        table.add_row(each.artefact, latency, units.span(*each.latency_ci95_ns), ratio)
+    return table
+
+
+def _percentiles(found: Benchmark) -> Table:
+    columns = (("artefact", False), ("p50", True), ("p90", True), ("p95", True), ("p99", True), ("samples", True))
+    table = _table("Percentiles", *columns, ("energy", True), ("runs in", False))
+    for each in found.measurements:
+        values = (each.median_ns, each.p90_ns, each.p95_ns, each.p99_ns)
+        times = ("" if value is None else units.duration(value, each.latency_ns) for value in values)
+        energy = "" if each.energy_j is None else f"{1e3 * each.energy_j:.3g} mJ"
+        table.add_row(each.artefact, *times, str(each.samples), energy, each.executed_precision)
+    return table
+
+
+def _startup(found: Benchmark) -> Table:
+    table = _table(
+        "Loading", ("artefact", False), ("load", True), ("first inference", True), ("load again", True), ("memory peak", True)
+    )
+    for each in found.startup:
+        memory = "" if each.memory_peak_bytes is None else units.size(each.memory_peak_bytes)
+        table.add_row(each.artefact, *map(units.duration, (each.load_ns, each.first_inference_ns, each.reload_ns)), memory)
+    return table
+
+
+def _conditions(measured: Measurement) -> RenderableType:
+    """One line on the machine."""
+    said = [f"{name.lower()} {text}" for name, text in units.conditions(measured.conditions) if text != "not known"]
+    said += [f"drift {units.signed(100 * measured.drift)} %", f"even and odd rounds differ by {units.share(measured.split_half)}"]
+    return _hanging("; ".join(said), "machine: ")
+
+
+def _unknown(found: Benchmark) -> dict[str, str]:
+    """What nothing could tell about this session, once each."""
+    first = found.measurements[0]
+    energy = {name: why for name, why in first.absent.items() if name == "energy_j"}
+    startup = {name: why for each in found.startup for name, why in each.absent.items()}
+    return {**first.conditions.absent, **energy, **startup}
+
+
+def _profile(profile: KernelProfile) -> Table:
+    from rich.text import Text
+
+    table = _table(f"Kernels of {profile.artefact}", ("kernel", False), ("time", True), ("MACs", True), ("implementation", False))
+    ranked = sorted(profile.kernels, key=lambda kernel: -kernel.latency_ns)
+    for kernel in ranked[:BENCH_KERNELS_SHOWN]:
+        macs = units.count(kernel.macs) if kernel.macs else ""
+        implementation = f"{kernel.op} {kernel.implementation}".strip()
+        table.add_row(Text(kernel.name), units.duration(kernel.latency_ns), macs, Text(implementation))
+    rest = ranked[BENCH_KERNELS_SHOWN:]
+    if rest:
+        table.add_row(f"{len(rest)} others", units.duration(sum(kernel.latency_ns for kernel in rest)), "", "")
+    return table
+
+
+def _difference(found: KernelDifference) -> Table:
+    from rich.text import Text
+
+    columns = (("kernel", False), ("first", True), (found.artefact, True), ("", False), ("why", False))
+    table = _table("What got faster, what did not", *columns)
+    for change in found.changes[:BENCH_KERNELS_SHOWN]:
+        times = ("" if value is None else units.duration(value) for value in (change.before_ns, change.after_ns))
+        table.add_row(Text(change.name), *times, change.verdict, Text(change.why))
+    rest = found.changes[BENCH_KERNELS_SHOWN:]
+    if rest:
+        before, after = (
+            sum(value or 0.0 for value in side) for side in zip(*((c.before_ns, c.after_ns) for c in rest), strict=True)
+        )
+        table.add_row(f"{len(rest)} others", units.duration(before), units.duration(after), "", "")
     return table

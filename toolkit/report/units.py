@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from toolkit.schema import Conditions
+
 _SCALES = (("s", 1e9), ("ms", 1e6), ("us", 1e3))
 
 
@@ -79,6 +81,20 @@ def seconds(value: float) -> str:
     if whole >= 60:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{value:.1f} s" if value < 10 else f"{whole} s"
+
+
+def conditions(found: Conditions) -> list[tuple[str, str]]:
+    """What the machine did as (name, text); `not known` where its kernel does not say."""
+    clock, heat, throttled = found.clock_hz, found.temperature_c, found.throttled
+    return [
+        ("Threads waiting for a core", "not known" if found.waiting is None else share(found.waiting)),
+        ("Processor pressure", "not known" if found.cpu_pressure is None else share(found.cpu_pressure)),
+        ("Time stolen by the host", "not known" if found.steal is None else share(found.steal)),
+        ("Runnable tasks", "not known" if found.run_queue is None else f"{found.run_queue:.1f}"),
+        ("Clock", "not known" if clock is None else f"{clock[0] / 1e6:.0f} to {clock[1] / 1e6:.0f} MHz"),
+        ("Temperature", "not known" if heat is None else f"{heat[0]:.0f} to {heat[1]:.0f} degrees C"),
+        ("Throttled", "not known" if throttled is None else f"{throttled} times"),
+    ]
 
 
 def by_reason(held: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

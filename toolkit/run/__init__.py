@@ -25,20 +25,19 @@ from toolkit.prune.allocate import Allocation
 from toolkit.run import loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.prepare import (
-    Device,
     Images,
+    Target,
     Traced,
     allocatable,
     latency_model,
     load_and_trace,
     load_images,
-    open_device,
+    open_target,
 )
 from toolkit.schema import (
     Artefact,
     Budget,
     CategoryCounts,
-    Comparison,
     Effect,
     Evaluation,
     GroupPlan,
@@ -46,13 +45,11 @@ from toolkit.schema import (
     Groups,
     KernelTime,
     Manifest,
-    Measurement,
     Plan,
     Precision,
     Preprocess,
     Report,
     RunRequest,
-    Statistic,
     TableSummary,
     save_json,
     write_text,
@@ -99,7 +96,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         EdgekitError: with what was wrong and what to run next; a missed budget is no error but the report's verdict.
     """
     clock, out = Clock(), Path(request.out)
-    device = open_device(request.profile, request.threads, request.precision)
+    target = open_target(request.profile, request.threads, request.precision)
     with clock.step("trace"):
         progress("trace", 0, 1)
         traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
@@ -110,15 +107,15 @@ def run(request: RunRequest, progress: Progress) -> Report:
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)
-        dense = export_dense(device, traced, images, out, request.model)
-        dense_path = out / f"dense{device.artefact_suffix}"
-        measured = benches.measure(device.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
+        dense = export_dense(target, traced, images, out, request.model)
+        dense_path = out / f"dense{target.artefact_suffix}"
+        measured = benches.measure(target.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
         progress("dense model", 1, 1)
     exact_ns = request.budget.latency_ns
     budget = exact_ns / measured.latency_ns if exact_ns else request.budget.ratio
     with clock.step("table"):
-        model = latency_model(device, traced.program, candidates, request.seed, measured.latency_ns, progress)
-    job = loop.Job(request, device, traced.program, images, candidates, model, dense_path, out, budget, exact_ns, progress)
+        model = latency_model(target, traced.program, candidates, request.seed, measured.latency_ns, progress)
+    job = loop.Job(request, target, traced.program, images, candidates, model, dense_path, out, budget, exact_ns, progress)
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
@@ -132,8 +129,8 @@ def run(request: RunRequest, progress: Progress) -> Report:
             save_program(chosen.cut.state.program, out / "model.pt2")
             save_weights(chosen.cut.state.program, out / "weights.safetensors")
         with clock.step("evaluate"):
-            before = predictions(device, dense_path, images, "accuracy, dense", progress)
-            after = predictions(device, job.pruned_path(out), images, "accuracy, pruned", progress)
+            before = predictions(target, dense_path, images, "accuracy, dense", progress)
+            after = predictions(target, job.pruned_path(out), images, "accuracy, pruned", progress)
             accuracy = judge(before, after, images.labels)
     finally:
         for leftover in out.glob(".attempt*"):
@@ -153,15 +150,15 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def export_dense(device: Device, traced: Traced, images: Images, out: Path, name: str) -> tuple[Artefact, ...]:
-    profile = device.profile
+def export_dense(target: Target, traced: Traced, images: Images, out: Path, name: str) -> tuple[Artefact, ...]:
+    profile = target.profile
     return export_artefacts(
         traced.program,
         out,
         "dense",
         role="dense",
-        runtime=profile.runtime,
-        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        backend=target.backend,
+        formats=target.formats,
         precision=profile.precision,
         threads=profile.threads,
         samples=loop.parity_samples(images),
@@ -197,14 +194,14 @@ def compose(
         invalid_reasons=tuple(dict.fromkeys((*final.dense.invalid_reasons, *final.pruned.invalid_reasons))),
         model=request.model,
         method=request.method,
-        profile=job.device.profile.id,
-        runtime=f"{job.device.profile.runtime} {job.device.fingerprint.runtime_version}",
+        profile=job.target.profile.id,
+        runtime=f"{job.target.profile.runtime} {job.target.fingerprint.runtime_version}",
         budget=request.budget.text,
         budget_ns=job.exact_ns or request.budget.ratio * dense_ns,
         statistic=request.statistic,
         dense_ns=dense_ns,
         measured_ns=measured_ns,
-        measured_ci95_ns=final.pruned_ci95_ns,
+        measured_ci95_ns=final.pruned.latency_ci95_ns,
         predicted_ns=chosen.predicted * dense_ns,
         speedup=1 / final.ratio,
         speedup_ci95=(1 / final.ratio_ci95[1], 1 / final.ratio_ci95[0]),
@@ -234,7 +231,7 @@ def compose(
         repair=describe_repair(repaired, request),
         wall_s=clock.wall_s,
         seed=request.seed,
-        environment=environment(job.device),
+        environment=environment(job.target),
         command=command_of(request),
         notes=notes(traced, outcome),
     )
@@ -338,13 +335,13 @@ def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
     )
 
 
-def environment(device: Device) -> dict[str, str]:
+def environment(target: Target) -> dict[str, str]:
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "device": device.fingerprint.device,
+        "device": target.fingerprint.device,
     }
-    return facts | versions() | {"threads": str(device.profile.threads), "fingerprint": device.fingerprint.id}
+    return facts | versions() | {"threads": str(target.profile.threads), "fingerprint": target.fingerprint.id}
 
 
 def versions() -> dict[str, str]:
@@ -406,7 +403,7 @@ def make_plan(job: loop.Job, outcome: loop.Outcome, report: Report) -> Plan:
         model=job.request.model,
         method=job.request.method,
         seed=job.request.seed,
-        profile=job.device.profile.id,
+        profile=job.target.profile.id,
         table=job.model.table_id,
         dense_ns=report.dense_ns,
         budget_ns=report.budget_ns,
@@ -454,8 +451,8 @@ def write_run(job: loop.Job, traced: Traced, outcome: loop.Outcome, artefacts: S
             plan_sha256=sha256(out / "plan.json"),
             weights_sha256=sha256(out / "weights.safetensors"),
             program_sha256=sha256(out / "model.pt2"),
-            profile=job.device.profile,
-            fingerprint=job.device.fingerprint,
+            profile=job.target.profile,
+            fingerprint=job.target.fingerprint,
             versions=versions(),
         ),
     )
@@ -478,14 +475,14 @@ def measure(
 
     from toolkit.export import save_onnx, to_onnx
 
-    device = open_device(profile_id, threads, precision)
+    target = open_target(profile_id, threads, precision)
     traced = load_and_trace(model, weights, preprocess, seed)
     candidates, _ = allocatable(traced.program)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dense.onnx"
         save_onnx(to_onnx(traced.program), path, {})
-        dense = benches.measure(device.profile, path, time_limit_s=30.0)
-    return latency_model(device, traced.program, candidates, seed, dense.latency_ns, progress).summary()
+        dense = benches.measure(target.profile, path, time_limit_s=30.0)
+    return latency_model(target, traced.program, candidates, seed, dense.latency_ns, progress).summary()
 
 
 def export(
@@ -494,9 +491,9 @@ def export(
     """Export a model as it is, in the profile's format and as ONNX, each checked against PyTorch on random inputs."""
     import numpy as np
 
-    device = open_device(profile_id, 1, precision)
+    target = open_target(profile_id, 1, precision)
     traced = load_and_trace(model, weights, preprocess, 0)
-    profile = device.profile
+    profile = target.profile
     progress("export", 0, 1)
     shape = (1, *traced.preprocess.input[1:])
     artefacts = export_artefacts(
@@ -504,8 +501,8 @@ def export(
         Path(out),
         "model",
         role="dense",
-        runtime=profile.runtime,
-        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        backend=target.backend,
+        formats=target.formats,
         precision=precision,
         threads=1,
         samples={"random": np.random.default_rng(0).standard_normal(shape, np.float32)},
@@ -515,19 +512,4 @@ def export(
     return artefacts
 
 
-def bench(paths: Sequence[str], profile_id: str, threads: int, statistic: str, progress: Progress) -> Comparison | Measurement:
-    """Time one artefact, or two interleaved."""
-    device = open_device(profile_id, threads, "fp32")
-    chosen: Statistic = msgspec.convert(statistic, type=Statistic)
-
-    def rounds(done: int, planned: int) -> None:
-        progress("rounds", done, planned)
-
-    if len(paths) == 1:
-        return benches.measure(device.profile, Path(paths[0]), statistic=chosen, progress=rounds)
-    if len(paths) == 2:
-        return benches.compare(device.profile, Path(paths[0]), Path(paths[1]), statistic=chosen, progress=rounds)
-    raise UsageError(f"{len(paths)} artefacts were given.", "Give one, or two to compare: edgekit bench dense.onnx model.onnx")
-
-
-__all__ = ["bench", "demo_request", "export", "measure", "run"]
+__all__ = ["demo_request", "export", "measure", "run"]

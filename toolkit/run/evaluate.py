@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 import calibration
-from toolkit.devices import local
 from toolkit.errors import DataError
-from toolkit.run.prepare import Device, Images
+from toolkit.run.prepare import Images, Target
 
 Progress = Callable[[str, float, float], None]
 Ints = np.ndarray[Any, Any]
@@ -29,9 +28,9 @@ class Accuracy:
     images: int
 
 
-def predictions(device: Device, path: Path, images: Images, step: str, progress: Progress) -> Ints:
+def predictions(target: Target, path: Path, images: Images, step: str, progress: Progress) -> Ints:
     """Top-1 class of every evaluation image. Uses every core: nothing is timed here."""
-    session = device.backend.open(path, threads=local.facts().cores, precision=device.profile.precision)
+    session = target.backend.open(path, threads=target.device.facts().cores, precision=target.profile.precision)
     name = session.inputs[0].name
     found: list[int] = []
     try:

@@ -19,7 +19,7 @@ from toolkit.graph import Program
 from toolkit.latency import LatencyModel
 from toolkit.prune.allocate import Allocation, allocate, floor
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, score
-from toolkit.run.prepare import Device, Images
+from toolkit.run.prepare import Images, Target
 from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, load_json, save_json
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
@@ -47,7 +47,7 @@ class Job:
     """
 
     request: RunRequest
-    device: Device
+    target: Target
     program: Program
     images: Images
     candidates: Mapping[str, Sequence[int]]
@@ -69,12 +69,12 @@ class Job:
         return max(share, self.floor.share) if self.floor else share
 
     def pruned_path(self, folder: Path) -> Path:
-        return folder / f"model{self.device.artefact_suffix}"
+        return folder / f"model{self.target.artefact_suffix}"
 
     @property
     def plans(self) -> Path:
         """Where what was measured of plans is kept, beside the table that led to them."""
-        return profiles.table_dir(self.device.fingerprint) / "plans" / self.model.table_id
+        return profiles.table_dir(self.target.fingerprint) / "plans" / self.model.table_id
 
     def upper(self, measured: Comparison) -> float:
         """Upper end of the interval of measured / budget, by the ratio to dense: it survives the machine's drift."""
@@ -90,7 +90,7 @@ class Job:
 
     def final_upper(self, confirmed: Comparison) -> float:
         """Upper 95 % bound of `final_share`."""
-        return confirmed.pruned_ci95_ns[1] / self.exact_ns if self.exact_ns else self.upper(confirmed)
+        return confirmed.pruned.latency_ci95_ns[1] / self.exact_ns if self.exact_ns else self.upper(confirmed)
 
 
 class Known(Record, frozen=True, kw_only=True):
@@ -162,14 +162,14 @@ def check_floor(job: Job) -> Floor:
 def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
     """Export a state for the device."""
     folder.mkdir(parents=True, exist_ok=True)
-    profile = job.device.profile
+    profile = job.target.profile
     return export_artefacts(
         state.program,
         folder,
         "model",
         role="pruned",
-        runtime="onnxruntime" if profile.runtime != "openvino" else "openvino",
-        formats=("onnx", profile.format) if profile.format != "onnx" else ("onnx",),
+        backend=job.target.backend,
+        formats=job.target.formats,
         precision=profile.precision,
         threads=profile.threads,
         samples=parity_samples(job.images),
@@ -203,7 +203,7 @@ def remembered(job: Job, widths: Mapping[str, int]) -> Path:
 def time_pair(job: Job, path: Path, fresh: bool = False) -> Comparison:
     """Dense and pruned timed now."""
     return bench.compare(
-        job.device.profile,
+        job.target.profile,
         job.dense_path,
         path,
         statistic=job.request.statistic,

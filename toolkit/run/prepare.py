@@ -15,15 +15,16 @@ import numpy as np
 
 import calibration
 from calibration import Dataset, Transform
-from toolkit import backends, profiles
-from toolkit.devices import local
+from toolkit import devices, profiles
+from toolkit.backends import Backend
+from toolkit.devices import Device
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
 from toolkit.latency import LatencyModel, choose_probe_widths, measure_model, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
-from toolkit.schema import DimForm, Fingerprint, Precision, Preprocess, Profile, RunRequest
+from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest
 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
@@ -32,19 +33,25 @@ MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
 @dataclass(frozen=True)
-class Device:
-    """A profile with its runtime and what its latencies are a property of."""
+class Target:
+    """A profile with its device, its runtime there, and what its latencies are a property of."""
 
     profile: Profile
-    backend: backends.Backend
+    device: Device
+    backend: Backend
     fingerprint: Fingerprint
 
     @property
     def artefact_suffix(self) -> str:
         return ".xml" if self.profile.format == "openvino" else ".onnx"
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """What is written: the ONNX file always."""
+        return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
 
-def open_device(profile_id: str, threads: int, precision: Precision) -> Device:
+
+def open_target(profile_id: str, threads: int, precision: Precision) -> Target:
     """The profile with the request's threads and precision.
 
     Raises:
@@ -54,11 +61,12 @@ def open_device(profile_id: str, threads: int, precision: Precision) -> Device:
     profile = msgspec.structs.replace(profiles.load(profile_id), threads=threads, precision=precision)
     if precision != "fp32":
         raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
-    cores = local.facts().cores
-    if profile.device == "local" and threads > cores:
+    device = devices.open(profile)
+    cores = device.facts().cores
+    if threads > cores:
         raise UsageError(f"--threads {threads} is more than the {cores} cores here.", f"Run it again with --threads {cores}.")
-    backend = backends.get(profile.runtime)
-    return Device(profile, backend, profiles.fingerprint(profile, backend.version()))
+    backend = device.backend(profile.runtime)
+    return Target(profile, device, backend, profiles.fingerprint(profile, backend.version()))
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def allocatable(
 
 
 def latency_model(
-    device: Device, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress
+    target: Target, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress
 ) -> LatencyModel:
     """Measure, or load from the cache, the latency model of this program on this device."""
     progress("width variants", 0, 1)
@@ -182,12 +190,12 @@ def latency_model(
         extra = dropped_networks(program, candidates, Path(folder), seed)
         progress("width variants", 1, 1)
         return measure_model(
-            device.profile,
-            device.fingerprint,
-            device.backend,
+            target.profile,
+            target.fingerprint,
+            target.device,
             maker,
             candidates,
-            profiles.table_dir(device.fingerprint),
+            profiles.table_dir(target.fingerprint),
             seconds=float(np.clip(60 * 40 * dense_ns / 1e9, 45, 150)),
             seed=seed,
             progress=progress,
