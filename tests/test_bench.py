@@ -192,18 +192,23 @@ def test_collection_is_restored_after_an_error() -> None:
 def test_rounds_visit_forwards_and_backwards_each_time_after_the_reference() -> None:
     visited: list[str] = []
     calls = [lambda name=name: visited.append(name) for name in "RABC"]
-    rounds = list(timing.interleaved(calls[0], calls[1:], [1, 1, 2, 3], 2))
+    visits = [timing.Visit(call, lead, burst) for call, lead, burst in zip(calls, (1, 1, 2, 4), (1, 1, 2, 3), strict=True)]
+    rounds = list(timing.interleaved(visits[0], visits[1:], 2))
+    assert visited.count("C") == 2 * 2 * (4 + 3)
     assert [len(turn.samples_ns) for turn in rounds[0]] == [6, 2, 4, 6]
     assert all(turn.energy_j is None for turn in rounds[0])
     order = [name for index, name in enumerate(visited) if index == 0 or visited[index - 1] != name]
     assert "".join(order) == 2 * "RARBRCRCRBRA"  # each visit's own calls merged
 
 
-def test_bursts_fill_a_visit_within_bounds() -> None:
-    assert timing.burst_length(1e9) == 1
-    assert timing.burst_length(1e9, at_least=14) == 14
-    assert timing.burst_length(1e6) == 20
-    assert timing.burst_length(1e3) == timing.MAX_BURST
+def test_a_visit_leads_and_samples_for_a_while_within_bounds() -> None:
+    def found(median_ns: float, at_least: int = 1) -> tuple[int, int]:
+        visit = timing.visit(print, median_ns, at_least)
+        return visit.lead, visit.burst
+
+    assert found(1e9) == (1, 1) and found(1e9, 14) == (1, 14)
+    assert found(1e6) == (6, 20) and found(7e6) == (1, 3)
+    assert found(1e3) == (6000, timing.MAX_BURST)
 
 
 # --- real networks -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
     clock = device.clock_ns
     taken: list[tuple[timing.Turn, ...]] = []
     readings, limit_ns = list[Reading](), request.time_limit_s * 1e9
-    warmup, bursts, planned, spent = [0] * len(request.paths), list[int](), ROUNDS, 0
+    warmup, medians, planned, spent = [0] * len(request.paths), list[float](), ROUNDS, 0
+    at_least = -(-request.min_samples // (2 * ROUNDS))
     with tempfile.TemporaryDirectory() as folder:
         reference = reference_path(Path(folder))
         for loading in range(LOADINGS):
@@ -73,18 +74,18 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
                     made, median = timing.warm_up(call, clock)
                     warmup[index - 1] += made if index else 0
                     if not loading:
-                        at_least = -(-request.min_samples // (2 * ROUNDS)) if index else 1
-                        bursts.append(timing.burst_length(median, at_least))
+                        medians.append(median)
+                first, *others = map(timing.visit, calls, medians, (1, *[at_least] * len(request.paths)))
                 heat_s = request.sustained_s / (4 if loading else 1)  # it has cooled a little while loading
-                for passed in _heated(calls, bursts, clock, heat_s):
+                for passed in _heated(first, others, clock, heat_s):
                     shown("sustained load", passed, heat_s)
-                    warmup = [made + 2 * burst for made, burst in zip(warmup, bursts[1:], strict=True)]
-                needed = -(-request.min_samples // (2 * min(bursts[1:])))
+                    warmup = [made + 2 * each.burst for made, each in zip(warmup, others, strict=True)]
+                needed = -(-request.min_samples // (2 * min(each.burst for each in others)))
                 planned = max(ROUNDS, needed)
                 until = planned * (loading + 1) // LOADINGS
                 started = clock()
                 readings.append(device.read())
-                for turns in timing.interleaved(calls[0], calls[1:], bursts, until - len(taken), clock, device.energy_j):
+                for turns in timing.interleaved(first, others, until - len(taken), clock, device.energy_j):
                     taken.append(turns)
                     readings.append(device.read())
                     shown("rounds", len(taken), planned)
@@ -93,10 +94,10 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
                         break
                 spent += clock() - started
                 executed = tuple(session.executed_precision()[0] for session in opened)
-    first, *rounds = zip(*taken, strict=True)
+    references, *rounds = zip(*taken, strict=True)
     return Taken(
         rounds=tuple([turn.samples_ns for turn in own] for own in rounds),
-        reference=[turn.samples_ns for turn in first],
+        reference=[turn.samples_ns for turn in references],
         energy_j=tuple(map(_joules, rounds)),
         warmup=tuple(warmup),
         executed=executed,
@@ -120,11 +121,11 @@ def _open(
     return [session for session, _ in ordered], [first, *(call for _, call in ordered)]
 
 
-def _heated(calls: Sequence[timing.Call], bursts: Sequence[int], clock: timing.Clock, seconds: float) -> Iterator[float]:
+def _heated(reference: timing.Visit, artefacts: Sequence[timing.Visit], clock: timing.Clock, seconds: float) -> Iterator[float]:
     """Run the artefacts as they will be timed until so many seconds have passed; yields the seconds after each round."""
     started = clock()
     while (passed := (clock() - started) / 1e9) < seconds:
-        next(timing.interleaved(calls[0], calls[1:], bursts, 1, clock))
+        next(timing.interleaved(reference, artefacts, 1, clock))
         yield passed
 
 

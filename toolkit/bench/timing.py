@@ -15,7 +15,8 @@ Call = Callable[[], object]
 Clock = Callable[[], int]
 Meter = Callable[[], "float | None"]  # joules used since some moment
 
-TURN_NS = 20_000_000  # a visit this long outweighs what the artefact before it left in the caches
+TURN_NS = 20_000_000
+LEAD_NS = 6_000_000  # for about so long after another network an artefact of a millisecond is still 2 to 7 % slower
 MAX_BURST = 50
 _WARM_BURST, _WARM_LIMIT_NS, _WARM_TOLERANCE = 5, 3_000_000_000, 0.03
 
@@ -51,39 +52,40 @@ def warm_up(call: Call, clock: Clock = time.perf_counter_ns) -> tuple[int, float
             return made, medians[-1]
 
 
-def burst_length(median_ns: float, at_least: int = 1) -> int:
-    """Calls in a visit: enough to fill `TURN_NS`, `at_least` so many, never more than `MAX_BURST`."""
-    return min(MAX_BURST, max(at_least, -(-TURN_NS // max(1, int(median_ns)))))
+@dataclass(frozen=True)
+class Visit:
+    """What each visit to an artefact does: `lead` calls that refill the caches and do not count, then `burst` samples."""
+
+    call: Call
+    lead: int
+    burst: int
+
+
+def visit(call: Call, median_ns: float, at_least: int = 1) -> Visit:
+    """A visit that leads for `LEAD_NS` and samples for `TURN_NS`, `at_least` so many samples and never more than `MAX_BURST`."""
+    once = max(1, int(median_ns))
+    return Visit(call, lead=max(1, -(-LEAD_NS // once)), burst=min(MAX_BURST, max(at_least, -(-TURN_NS // once))))
 
 
 def interleaved(
-    reference: Call,
-    calls: Sequence[Call],
-    bursts: Sequence[int],
-    rounds: int,
-    clock: Clock = time.perf_counter_ns,
-    meter: Meter = lambda: None,
+    reference: Visit, artefacts: Sequence[Visit], rounds: int, clock: Clock = time.perf_counter_ns, meter: Meter = lambda: None
 ) -> Iterator[tuple[Turn, ...]]:
-    """Rounds, one at a time: every call in order, then in reverse (A B B A), the reference before each visit (R A R B R B R A).
+    """Rounds, one at a time: every artefact in order, then in reverse (A B B A), each after the reference (R A R B R B R A).
 
     So every artefact finds the machine as the reference left it: without that the one in the middle, which follows itself, is
-    about 1 % faster than its like. The first call of a visit refills the caches and is neither recorded nor counted by `meter`.
-
-    Args:
-        bursts: samples a visit, of the reference first, then of each call.
-
-    Yields:
-        a turn for the reference and one for each call.
+    about 1 % faster than its like. Yields a turn for the reference and one for each artefact; `meter` counts the samples' energy.
     """
-    everything = (reference, *calls)
-    visits = [index for position in (*range(1, len(everything)), *range(len(calls), 0, -1)) for index in (0, position)]
+    everything = (reference, *artefacts)
+    order = [index for which in (*range(1, len(everything)), *range(len(artefacts), 0, -1)) for index in (0, which)]
     for _ in range(rounds):
         samples: list[list[NDArray[np.int64]]] = [[] for _ in everything]
         joules: list[list[float | None]] = [[] for _ in everything]
-        for index in visits:
-            everything[index]()
+        for index in order:
+            now = everything[index]
+            for _ in range(now.lead):
+                now.call()
             before = meter()
-            samples[index].append(time_burst(everything[index], bursts[index], clock))
+            samples[index].append(time_burst(now.call, now.burst, clock))
             after = meter()
             joules[index].append(None if before is None or after is None else after - before)
         yield tuple(
