@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from toolkit import bench, profiles  # noqa: E402
-from toolkit.bench import stats  # noqa: E402
 
 MODELS = ("resnet18", "mobilenet_v2", "squeezenet1_1")
 TOLERANCE = 0.03
@@ -131,8 +130,9 @@ def quantized(path: Path) -> Path:
 
 def interval(ratios: list[float]) -> tuple[float, float]:
     """95 % interval of the median ratio over blocks."""
-    drawn = stats.draws(len(ratios))
-    return stats.bounds(np.median(np.array(ratios)[drawn], axis=1), len(ratios))
+    drawn = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(np.array(ratios)[drawn], axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def compare(name: str, precision: str, runtime: str, path: Path, blocks: int) -> dict[str, Any]:
