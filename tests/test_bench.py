@@ -207,8 +207,9 @@ def test_a_visit_leads_and_samples_for_a_while_within_bounds() -> None:
         return visit.lead, visit.burst
 
     assert found(1e9) == (1, 1) and found(1e9, 14) == (1, 14)
-    assert found(1e6) == (6, 20) and found(7e6) == (1, 3)
-    assert found(1e3) == (6000, timing.MAX_BURST)
+    assert found(1e6) == (25, 20) and found(7e6) == (4, 3)
+    assert found(1e3) == (25000, timing.MAX_BURST)
+    assert timing.glance(print, 1e6).burst == 10
 
 
 # --- real networks -------------------------------------------------------------------------------------------------------

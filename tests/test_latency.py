@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit import backends
+from toolkit import backends, devices
 from toolkit.errors import TableError
 from toolkit.latency import LatencyModel, ambiguous_forms, choose_probe_widths, measure_model, solve
 from toolkit.latency.predict import fit_model, judge
@@ -381,7 +381,7 @@ class Stop(Exception):
 def test_measuring_resumes_and_is_reused(runtime: str, maker: VariantMaker, tmp_path: Path) -> None:
     fingerprint = msgspec.structs.replace(FINGERPRINT, runtime=runtime)
     profile = msgspec.structs.replace(PROFILE, runtime=runtime)
-    backend = backends.get(runtime)
+    device = devices.open(msgspec.structs.replace(profile, device="local"))
     candidates = {name: range(4, full + 1, 4) for name, (_, full) in GROUPS.items()}
     steps: list[int] = []
 
@@ -394,7 +394,7 @@ def test_measuring_resumes_and_is_reused(runtime: str, maker: VariantMaker, tmp_
 
     def measure(progress: Any) -> LatencyModel:
         return measure_model(
-            profile, fingerprint, backend, maker, candidates, tmp_path, seconds=1.0, seed=0, progress=progress, networks=20
+            profile, fingerprint, device, maker, candidates, tmp_path, seconds=1.0, seed=0, progress=progress, networks=20
         )
 
     with pytest.raises(Stop):

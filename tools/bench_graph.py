@@ -61,12 +61,30 @@ def build(name: str) -> tuple[Any, tuple[int, ...]]:
         return model.eval(), (1, *model.pretrained_cfg["input_size"])
     import torchvision
 
-    if model_name.startswith(("lraspp", "deeplab", "fcn", "ssd")):
+    if model_name.startswith(("lraspp", "deeplab", "fcn")):
         model = torchvision.models.get_model(model_name, weights=None, weights_backbone=None)
         return model.eval(), (1, 3, 224, 224)
+    if model_name.startswith("ssdlite"):
+        model = torchvision.models.get_model(model_name, weights=None, weights_backbone=None)
+        return backbone_and_head(model).eval(), (1, 3, 320, 320)
     options = {"init_weights": False} if model_name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(model_name, weights=None, **options)
     return model.eval(), (1, 3, 299, 299) if model_name == "inception_v3" else (1, 3, 224, 224)
+
+
+def backbone_and_head(detector: Any) -> Any:
+    """What of a torchvision detector is a network: several feature maps and the heads on them, without boxes and anchors."""
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = detector.backbone, detector.head
+
+        def forward(self, x: Any) -> Any:
+            return self.head(list(self.backbone(x).values()))
+
+    return Network()
 
 
 def half(program: Any, seed: int) -> dict[str, list[int]]:
@@ -171,6 +189,8 @@ def expand(names: list[str]) -> list[str]:
             found += torchvision.models.list_models(module=torchvision.models)
         elif name == "segmentation":
             found += ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"]
+        elif name == "detection":
+            found.append("ssdlite320_mobilenet_v3_large")
         elif name == "timm":
             found += [f"timm:{n}" for n in TIMM]
         else:
@@ -208,7 +228,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="names, `torchvision`, `segmentation` or `timm`")
+    parser.add_argument("models", nargs="*", help="names, `torchvision`, `segmentation`, `detection` or `timm`")
     parser.add_argument("-o", "--output", type=Path, help="results as JSON; what it already holds is not done again")
     parser.add_argument("--torch-pruning", action="store_true", help="Torch-Pruning beside it")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1: CPU seconds are comparable)")

@@ -69,13 +69,14 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
         for loading in range(LOADINGS):
             with ExitStack() as stack:
                 opened, calls = _open(device, request, reference, stack, backwards=bool(loading % 2))
-                for index, call in enumerate(calls):
-                    shown("warm-up", index, len(calls))
-                    made, median = timing.warm_up(call, clock)
-                    warmup[index - 1] += made if index else 0
-                    if not loading:
-                        medians.append(median)
-                first, *others = map(timing.visit, calls, medians, (1, *[at_least] * len(request.paths)))
+                warm: list[tuple[int, float]] = []
+                for call in calls:
+                    shown("warm-up", len(warm), len(calls))
+                    warm.append(timing.warm_up(call, clock))
+                warmup = [made + more for made, (more, _) in zip(warmup, warm[1:], strict=True)]
+                medians = medians or [median for _, median in warm]  # both loadings give as many samples a visit
+                first = timing.glance(calls[0], medians[0])
+                others = [timing.visit(*one, at_least) for one in zip(calls[1:], medians[1:], strict=True)]
                 heat_s = request.sustained_s / (4 if loading else 1)  # it has cooled a little while loading
                 for passed in _heated(first, others, clock, heat_s):
                     shown("sustained load", passed, heat_s)

@@ -15,6 +15,16 @@ from toolkit.backends import Backend
 from toolkit.devices.base import Facts, Reading
 from toolkit.profiles import describe_cpu
 
+# field of a reading -> the condition it tells, and where the kernel says it
+_SOURCES = {
+    "waited_ns": ("waiting", "/proc/self/task/*/schedstat"),
+    "pressure_us": ("cpu_pressure", "/proc/pressure/cpu"),
+    "steal_ticks": ("steal", "/proc/stat"),
+    "runnable": ("run_queue", "/proc/loadavg"),
+    "clock_hz": ("clock_hz", "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"),
+    "temperature_c": ("temperature_c", "/sys/class/thermal and /sys/class/hwmon"),
+    "throttled": ("throttled", "/sys/devices/system/cpu/cpu*/thermal_throttle"),
+}
 _PROCESSOR_ZONES = re.compile(r"cpu|x86_pkg|soc|core|package", re.IGNORECASE)
 _PROCESSOR_MONITORS = ("coretemp", "k10temp", "cpu_thermal", "zenpower")
 
@@ -53,7 +63,7 @@ class Local:
         throttles = [
             _number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")
         ]
-        reading = {
+        found = {
             "waited_ns": sum(int(fields[1]) for fields in waits if len(fields) == 3) if any(waits) else None,
             "pressure_us": int(pressure.rpartition("total=")[2]) if "total=" in pressure else None,
             "steal_ticks": ticks[7] if len(ticks) == 8 else None,
@@ -61,25 +71,16 @@ class Local:
             # The core that is at work is the fastest; idle ones rest at their lowest clock.
             "clock_hz": max((clock * 1e3 for clock in clocks if clock is not None), default=None),
             "temperature_c": self._temperature(),
-            "throttled": round(sum(count for count in throttles if count is not None)) if any(throttles) or throttles else None,
+            "throttled": round(sum(count or 0 for count in throttles)) if throttles else None,
         }
-        said = {
-            "waited_ns": ("waiting", "/proc/self/task/*/schedstat"),
-            "pressure_us": ("cpu_pressure", "/proc/pressure/cpu"),
-            "steal_ticks": ("steal", "/proc/stat"),
-            "runnable": ("run_queue", "/proc/loadavg"),
-            "clock_hz": ("clock_hz", "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"),
-            "temperature_c": ("temperature_c", "/sys/class/thermal and /sys/class/hwmon"),
-            "throttled": ("throttled", "/sys/devices/system/cpu/cpu*/thermal_throttle"),
-        }
-        absent = {said[key][0]: f"this kernel has no {said[key][1]}" for key, value in reading.items() if value is None}
+        absent = {name: f"this kernel has no {place}" for key, (name, place) in _SOURCES.items() if found[key] is None}
         if not os.access(self._proc / "self/clear_refs", os.W_OK):
             absent["memory_peak_bytes"] = "this kernel lets no process forget its highest memory (/proc/self/clear_refs)"
         if not self._packages:
             absent["energy_j"] = "this kernel has no /sys/class/powercap/intel-rapl:*/energy_uj"
         elif None in self._last:
             absent["energy_j"] = "/sys/class/powercap/intel-rapl:*/energy_uj may be read by root only"
-        return Reading(at_ns=self.clock_ns(), all_ticks=sum(ticks) if len(ticks) == 8 else None, absent=absent, **reading)  # type: ignore[arg-type]
+        return Reading(at_ns=self.clock_ns(), all_ticks=sum(ticks) if len(ticks) == 8 else None, absent=absent, **found)  # type: ignore[arg-type]
 
     def watch_memory(self) -> Callable[[], int | None]:
         try:
