@@ -73,13 +73,19 @@ def test_what_a_kernel_does_not_tell_is_named_with_its_place(machine: Path, gone
     absent = device.read().absent
     assert (name in absent) if name else absent == {}
     if name not in ("", "energy_j", "memory_peak_bytes"):
-        found = conditions([device.read(), device.read()])
+        found = conditions([[device.read(), device.read()]])
         assert getattr(found, name) is None and "/" in found.absent[name]
+
+
+def test_a_kernel_that_keeps_no_account_of_waiting_does_not_tell_it(machine: Path) -> None:
+    for task in (1, 2):
+        (machine / f"proc/self/task/{task}/schedstat").write_text("0 0 0\n")
+    assert "waiting" in local.Local(machine).read().absent
 
 
 def test_this_machine_names_whatever_it_does_not_tell() -> None:
     device = local.Local()
-    found = conditions([device.read(), device.read()])
+    found = conditions([[device.read(), device.read()]])
     for field in Conditions.__struct_fields__:
         assert field == "absent" or (getattr(found, field) is None) == (field in found.absent)
     assert (device.energy_j() is None) == ("energy_j" in device.read().absent)
@@ -114,9 +120,17 @@ def test_conditions_are_what_happened_between_the_readings() -> None:
     first = Reading(10_000_000_000, 100, 1_000_000, 50, 1000, 1, 2e9, 40.0, 3)
     middle = Reading(11_000_000_000, 200, 1_200_000, 55, 1200, 4, 1e9, 45.0, 3)
     last = Reading(12_000_000_000, 500_000_100, 1_500_000, 60, 1400, 4, 2e9, 50.0, 5)
-    found = conditions([first, middle, last])
+    found = conditions([[first, middle, last]])
     assert (found.waiting, found.cpu_pressure, found.steal, found.run_queue) == (0.25, 0.25, 0.025, 3)
     assert found.clock_hz == pytest.approx((1.2e9, 2e9)) and found.temperature_c == (40, 50) and found.throttled == 2
+
+
+def test_what_happens_between_the_parts_of_a_session_does_not_count() -> None:
+    def at(seconds: int, waited_ns: int, throttled: int) -> Reading:
+        return Reading(seconds * 10**9, waited_ns=waited_ns, throttled=throttled)
+
+    found = conditions([[at(0, 0, 0), at(2, 10**9, 1)], [at(100, 50 * 10**9, 40), at(102, 50 * 10**9, 40)]])
+    assert found.waiting == 0.25 and found.throttled == 1 and found.steal is None
 
 
 def test_a_simulated_device_goes_on_only_while_it_works() -> None:
@@ -153,5 +167,5 @@ def test_a_profile_is_simulated_as_a_whole_or_not_at_all(tmp_path: Path) -> None
     )
     for profile in wrong:
         save_json(tmp_path / "profile.json", profile)
-        with pytest.raises(UsageError, match=r"simulat|rates and blocks"):
+        with pytest.raises(UsageError, match=r"simulat|rates, blocks"):
             profiles.load(str(tmp_path))

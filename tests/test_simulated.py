@@ -124,6 +124,16 @@ def test_values_are_those_of_a_real_runtime(models: tuple[Path, Path]) -> None:
     assert np.array_equal(mine.run(feeds)[0], real.run(feeds)[0])
 
 
+def test_a_shape_that_is_not_known_is_refused_with_the_tensor(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Strange", ["x"], ["odd"], domain="mine"), helper.make_node("Relu", ["odd"], ["y"])]
+    path = network(tmp_path / "m.onnx", *nodes, out=[1, 8, 10, 10])
+    model = onnx.load(str(path))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    onnx.save(model, str(path))
+    with pytest.raises(UsageError, match="shape of odd is not known"):
+        devices.open(simulated()).backend("simulated").open(path, threads=1, precision="fp32")
+
+
 def test_what_it_cannot_run_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     backend = devices.open(simulated()).backend("simulated")
     (tmp_path / "broken.onnx").write_bytes(models[0].read_bytes()[:3000])
@@ -236,6 +246,17 @@ def test_a_high_percentile_takes_what_it_needs_however_long(models: tuple[Path, 
     assert found.samples >= fewest and found.valid and getattr(found, f"{statistic}_ns") == found.latency_ns
 
 
+def test_a_percentile_of_a_noisy_device_takes_more_rounds_until_it_is_known(models: tuple[Path, Path]) -> None:
+    def taken(time_limit_s: float) -> Any:
+        (found,) = compare(models[:1], simulated(1, noise=0.5), statistic="p99", time_limit_s=time_limit_s).measurements
+        return found
+
+    short, long = taken(1.0), taken(600.0)
+    assert not short.valid and "the 95 % interval is" in short.invalid_reasons[0] and short.samples >= 662
+    assert long.valid and long.samples > 2 * short.samples
+    assert long.latency_ci95_ns[1] - long.latency_ci95_ns[0] < 0.08 * long.latency_ns
+
+
 def test_a_percentile_without_its_samples_is_null_with_a_reason(models: tuple[Path, Path]) -> None:
     slow = msgspec.structs.replace(LAW, inference_ns=2e8)
     found = compare(models, simulated(law=slow)).measurements[0]
@@ -246,7 +267,7 @@ def test_a_percentile_without_its_samples_is_null_with_a_reason(models: tuple[Pa
 
 def test_any_number_of_artefacts(models: tuple[Path, Path]) -> None:
     found = compare((*models, models[0]), simulated(0, **DRIFT))
-    assert [measured.artefact for measured in found.measurements] == ["dense.onnx", "model.onnx", "dense.onnx"]
+    assert [measured.artefact for measured in found.measurements] == ["dense.onnx", "model.onnx", "dense.onnx #2"]
     assert len(found.ratios) == 2 and found.ratios[0].value < 0.8
     assert found.ratios[1].ci95[0] <= 1 <= found.ratios[1].ci95[1]
     assert len(found.reference_ns) == len(found.measurements[0].rounds_ns) == session.ROUNDS

@@ -51,7 +51,7 @@ class Plain:
 class Live:
     """A bar with the time left for the step that runs, a line for each one done."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -62,7 +62,8 @@ class Live:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bars = Progress(*columns, console=Console(stderr=True))
+        self.between = between
+        self.bars = Progress(*columns, console=Console(stderr=True), auto_refresh=not between)
         self.bars.start()
         self.tasks: dict[str, Any] = {}
 
@@ -71,16 +72,19 @@ class Live:
             for other in self.tasks.values():
                 self.bars.stop_task(other)
             self.tasks[step] = self.bars.add_task(step, total=total or None)
-        self.bars.update(self.tasks[step], completed=done, total=total or None)
+        self.bars.update(self.tasks[step], completed=done, total=total or None, refresh=self.between)
 
     def close(self, failed: bool = False) -> None:
         self.bars.stop()
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """What long calls report to: a live display on a terminal, plain lines elsewhere."""
-    shown = Live() if sys.stderr.isatty() else Plain()
+def progress(between: bool = False) -> Iterator[Progress]:
+    """What long calls report to: a live display on a terminal, plain lines elsewhere.
+
+    With `between` the display is drawn only when something is reported, so that it never runs beside a measurement.
+    """
+    shown = Live(between) if sys.stderr.isatty() else Plain()
     try:
         yield shown
     except BaseException:
@@ -416,7 +420,7 @@ def parse_share(context: click.Context, parameter: click.Parameter, value: str |
         found = float(value.rstrip("% ")) / (100 if value.endswith("%") else 1)
     except ValueError:
         found = -1.0
-    if not 0 <= found < 10:
+    if not 0 <= found < (10 if value.endswith("%") else 1):
         raise click.BadParameter(f"{value!r} is not a share; write it like 5%.")
     return found
 
@@ -458,9 +462,9 @@ def bench(
 
     from toolkit import report as reports
     from toolkit.run.bench import bench as measure_all
-    from toolkit.schema import save_json, to_json
+    from toolkit.schema import to_json
 
-    with progress() as shown:
+    with progress(between=True) as shown:
         found = measure_all(
             artefacts,
             profile,
@@ -472,9 +476,8 @@ def bench(
             with_kernels=kernels,
             against=against,
             fail_over=fail_over,
+            out=file,
         )
-    if file:
-        save_json(file, found)
     verdicts = [reports.gate_line(gate) for gate in found.gates]
     reasons = dict.fromkeys(reason for each in found.measurements for reason in each.invalid_reasons)
     verdicts += [f"not valid: {reason}" for reason in reasons] or ["valid"]

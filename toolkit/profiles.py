@@ -124,9 +124,10 @@ def _checked(profile: Profile, source: str) -> Profile:
             "Give `simulation` with the runtime `simulated`; hw_profiles/simulated-cpu is an example.",
         )
     if profile.simulation is not None:
-        law = profile.simulation.law
-        if min(law.macs_per_s, law.bytes_per_s, law.block_in, law.block_out, law.tile_pixels, law.grouped_rate) <= 0:
-            raise UsageError(f"{source}: the rates and blocks of a law must be positive.", "Correct the file.")
+        of, law = profile.simulation, profile.simulation.law
+        positive = (law.macs_per_s, law.bytes_per_s, law.block_in, law.block_out, law.tile_pixels, law.grouped_rate)
+        if min(*positive, of.drift.correlation_s, of.burst.length_s, of.heat.tau_s) <= 0 or not 0 <= of.burst.takes < 1:
+            raise UsageError(f"{source}: the rates, blocks and times of a simulation must be positive.", "Correct the file.")
     return profile
 
 

@@ -509,7 +509,7 @@ class KernelDifference(Record, frozen=True, kw_only=True):
 
 
 class Gate(Record, frozen=True, kw_only=True):
-    """A latency held against an earlier one: `ratio` is now over then, both over the reference timed beside them."""
+    """A latency held against another: `ratio` is its own over that one's. What is not valid does not pass."""
 
     against: str
     limit: float  # the largest ratio that passes

@@ -57,14 +57,12 @@ def real(path: Path, runtime: str, sessions: int) -> dict[str, Any]:
     return summary(f"{runtime}, this machine", 1.0, raw) | {"gate_ratios": gates}
 
 
-def device(drift: Drift, seed: int, slower: float = 1.0) -> Profile:
-    """A simulated CPU core that drifts; `slower` stretches its law."""
+def device(drift: Drift, seed: int) -> Profile:
+    """A simulated CPU core that drifts."""
     profile = profiles.load("simulated-cpu")
     assert profile.simulation
-    law = msgspec.structs.replace(profile.simulation.law, inference_ns=profile.simulation.law.inference_ns * slower)
-    return msgspec.structs.replace(
-        profile, simulation=msgspec.structs.replace(profile.simulation, law=law, drift=drift, noise=NOISE, seed=seed)
-    )
+    simulation = msgspec.structs.replace(profile.simulation, drift=drift, noise=NOISE, seed=seed)
+    return msgspec.structs.replace(profile, simulation=simulation)
 
 
 def simulated(paths: tuple[Path, Path], truth: float, name: str, drift: Drift, sessions: int) -> dict[str, Any]:
@@ -99,8 +97,7 @@ def planted(path: Path, folder: Path) -> tuple[Path, float]:
 
     model = onnx.load(str(path))
     whole, source = cost(model), model.graph.input[0].name
-    first = {id(node): [i for i, name in enumerate(node.input) if name == source] for node in model.graph.node}
-    readers = [(node, places) for node in model.graph.node if (places := first[id(node)])]
+    readers = [(node, [i for i, name in enumerate(node.input) if name == source]) for node in model.graph.node]
     last, count = source, 0
     while cost(model) < (1 + PLANTED) * whole:
         name = f"planted_{count}"
@@ -109,6 +106,7 @@ def planted(path: Path, folder: Path) -> tuple[Path, float]:
         for node, places in readers:
             for place in places:
                 node.input[place] = last
+    onnx.checker.check_model(model)
     onnx.save(model, str(folder / "planted.onnx"))
     return folder / "planted.onnx", cost(model) / whole
 

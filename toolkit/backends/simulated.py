@@ -68,7 +68,7 @@ class SimulatedBackend:
         return SimulatedSession(path, graph, partial(self._spend, total))
 
     def profile(self, path: Path, *, threads: int, precision: str, runs: int) -> tuple[KernelSample, ...]:
-        """See `Backend.profile`. Times are what the law says at the device's mean speed, with the tail of its noise."""
+        """See `Backend.profile`. Kernels take what the law says, at the speed the device has just then."""
         if precision != "fp32":
             raise UsageError(f"The simulated device has no precision {precision!r}.", "Run with --precision fp32.")
         kernels = plan(_graph(path), self._of.law)
@@ -217,8 +217,11 @@ def _graph(path: Path) -> Any:
         graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     except Exception as error:
         raise UsageError(f"The simulated device cannot open {path}: {shorten(error)}.", "Export the file again.") from None
-    if not graph.node:
-        raise UsageError(f"The simulated device cannot open {path}: it has no nodes.", "Export the file again.")
+    known = {value.name for value in (*graph.input, *graph.value_info, *graph.output) if min(_dims(value), default=0) >= 0}
+    unknown = [node for node in graph.node if not known.issuperset(filter(None, node.output))]
+    if unknown or not graph.node:
+        why = f"the shape of {unknown[0].output[0]} is not known" if unknown else "it has no nodes"
+        raise UsageError(f"The simulated device cannot open {path}: {why}.", "Export the file again, with fixed shapes.")
     return graph
 
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from toolkit import devices, profiles
 from toolkit.bench import fresh, session, stats
-from toolkit.bench.session import Progress, Request
+from toolkit.bench.session import Progress, Request, labels
 from toolkit.devices import Device
 from toolkit.schema import Benchmark, Comparison, Measurement, Profile, Ratio, Statistic
 
-__all__ = ["Progress", "Request", "answer", "benchmark", "compare", "measure"]
+__all__ = ["Progress", "Request", "answer", "benchmark", "compare", "labels", "measure"]
 
 PERCENTILES: tuple[tuple[str, Statistic], ...] = (
     ("median_ns", "median"),
@@ -47,7 +47,7 @@ def benchmark(
     Args:
         paths: at least one; the others are compared with the first.
         min_samples: of each artefact; at least what the statistic needs is always taken (median 11, p90 64, p95 130, p99 662).
-        time_limit_s: no round beyond those is begun after this; a session it cuts short is not valid unless it had enough rounds.
+        time_limit_s: after this no round is begun, but for the twelve, and the samples, that are always taken.
         sustained_s: how long the artefacts run before the first sample, so that the device is as warm as in steady use.
         fresh_process: measure in a Python of its own that has loaded nothing else; then `progress` is not called.
 
@@ -103,44 +103,38 @@ def answer(request: Request, progress: Progress | None = None, *, fresh_process:
     device = devices.open(request.profile)
     result = _attempt(device, request, progress, fresh_process)
     for _ in range(request.retries):
-        if all(measurement.valid for measurement in result.measurements):
+        if all(measured.valid for measured in result.measurements):
             break
         result = _attempt(device, request, progress, fresh_process)
     return result
 
 
 def _attempt(device: Device, request: Request, progress: Progress | None, fresh_process: bool) -> Benchmark:
-    """One session as a record. An artefact is valid by its own interval; what the machine did counts for all."""
+    """One session as a record."""
     taken = session.take(device, request, progress)
-    first, *others = taken.rounds
-    ratios = tuple(
-        Ratio(
-            artefact=Path(path).name,
-            value=stats.ratio(first, rounds, request.statistic),
-            ci95=stats.ratio_interval(first, rounds, request.statistic),
-        )
-        for path, rounds in zip(request.paths[1:], others, strict=True)
-    )
-    if ratios:
-        widest = max(ratios, key=lambda ratio: (ratio.ci95[1] - ratio.ci95[0]) / ratio.value)
-        center, bounds = widest.value, widest.ci95
-    else:
-        center = stats.value(np.concatenate(first), request.statistic)
-        bounds = stats.interval(first, request.statistic)
-    reasons = session.objections(taken, request.statistic, request.min_samples, bounds, center)
-    version = device.backend(request.profile.runtime).version()
+    names = labels([Path(path) for path in request.paths])
+    results = [session.result(taken.rounds, index, request.statistic) for index in range(len(names))]
+    widths = {
+        index: (results[index][1][1] - results[index][1][0]) / 2 / results[index][0] for index in session.judged(taken.rounds)
+    }
+    widths.setdefault(0, max(widths.values()))  # the first one is in every ratio
     return Benchmark(
         profile=request.profile,
-        fingerprint=profiles.fingerprint(request.profile, version),
+        fingerprint=profiles.fingerprint(request.profile, device.backend(request.profile.runtime).version()),
         sustained_s=request.sustained_s,
-        measurements=tuple(_record(device, request, taken, index, reasons, fresh_process) for index in range(len(request.paths))),
-        ratios=ratios,
+        measurements=tuple(
+            _record(device, request, taken, index, name, session.objections(taken, index, request, widths[index]), fresh_process)
+            for index, name in enumerate(names)
+        ),
+        ratios=tuple(
+            Ratio(artefact=name, value=value, ci95=bounds) for name, (value, bounds) in zip(names[1:], results[1:], strict=True)
+        ),
         reference_ns=tuple(tuple(map(int, samples)) for samples in taken.reference),
     )
 
 
 def _record(
-    device: Device, request: Request, taken: session.Taken, index: int, reasons: tuple[str, ...], fresh_process: bool
+    device: Device, request: Request, taken: session.Taken, index: int, name: str, reasons: tuple[str, ...], fresh_process: bool
 ) -> Measurement:
     rounds, path, energy = taken.rounds[index], Path(request.paths[index]), taken.energy_j[index]
     samples = np.concatenate(rounds)
@@ -154,7 +148,7 @@ def _record(
         absent["energy_j"] = device.read().absent.get("energy_j", "the counter of the energy stopped")
     settled = f", after {request.sustained_s:g} s of the same load" if request.sustained_s else ""
     return Measurement(
-        artefact=path.name,
+        artefact=name,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         scope=f"one inference, inputs bound and outputs left in the runtime, {request.profile.threads} thread(s), no transfers"
         + settled,

@@ -13,7 +13,7 @@ import numpy as np
 
 from toolkit import backends, devices
 from toolkit.backends import Backend, KernelSample
-from toolkit.bench.session import Progress
+from toolkit.bench.session import Progress, labels
 from toolkit.bench.timing import Clock
 from toolkit.schema import KernelChange, KernelDifference, KernelProfile, Profile, ProfiledKernel
 
@@ -28,12 +28,12 @@ _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class Weight(NamedTuple):
-    """What a node of the file multiplies by; `dense`: a matrix product."""
+    """What a node of the file multiplies by."""
 
     name: str
     entries: int
     channels: int
-    dense: bool
+    op: str
 
 
 def profiles(
@@ -50,8 +50,8 @@ def profiles(
         how = {"threads": profile.threads, "precision": profile.precision, "runs": runs[index]}
         taken[index].append(backend.profile(paths[index], **how))
     return tuple(
-        KernelProfile(artefact=path.name, runs=2 * count, kernels=named(path, _joined(*passes)))
-        for path, count, passes in zip(paths, runs, taken, strict=True)
+        KernelProfile(artefact=label, runs=2 * count, kernels=named(path, _joined(*passes)))
+        for label, path, count, passes in zip(labels(paths), paths, runs, taken, strict=True)
     )
 
 
@@ -100,7 +100,7 @@ def named(path: Path, kernels: Sequence[KernelSample]) -> tuple[ProfiledKernel, 
                 nodes=kernel.nodes,
                 input_shapes=kernel.input_shapes,
                 output_shapes=kernel.output_shapes,
-                macs=sum(weight.entries * _positions(kernel, weight.dense) for weight in used),
+                macs=sum(weight.entries * _positions(kernel, weight.op) for weight in used),
                 channels=used[0].channels if len(used) == 1 else 0,
                 latency_ns=middle,
                 iqr_ns=high - low,
@@ -110,10 +110,10 @@ def named(path: Path, kernels: Sequence[KernelSample]) -> tuple[ProfiledKernel, 
 
 
 def _judge(a: ProfiledKernel, b: ProfiledKernel, doubt_ns: float) -> tuple[Verdict, str]:
-    less = b.macs / a.macs if a.macs and b.macs else 1.0
+    less, what = _less(a, b)
     switched = a.implementation != b.implementation and a.implementation and b.implementation
     via = f"another implementation: {a.implementation} -> {b.implementation}" if switched else ""
-    work = f"{less:.2f}x the multiply-accumulates" if less != 1 else ""
+    work = f"{less:.2f}x the {what}" if less != 1 else ""
     gained = a.latency_ns - b.latency_ns
     if abs(gained) <= max(CLOCK_NS, SAME * a.latency_ns, doubt_ns):
         return "unchanged", f"{work}, yet {via or _obstacle(b)}" if work else via or "the same work"
@@ -122,7 +122,15 @@ def _judge(a: ProfiledKernel, b: ProfiledKernel, doubt_ns: float) -> tuple[Verdi
     ratio = b.latency_ns / a.latency_ns
     if less < 1 and ratio > (1 + less) / 2:
         return "faster", f"{work}, but {ratio:.2f}x the time: {via or _obstacle(b)}"
-    return "faster", ", ".join(filter(None, (work, via))) or "the same weights, less around them"
+    return "faster", ", ".join(filter(None, (work, via))) or "the same work, yet faster in this network"
+
+
+def _less(a: ProfiledKernel, b: ProfiledKernel) -> tuple[float, str]:
+    """How much of its work is left, by the best that is known of it: (ratio, of what)."""
+    if a.macs and b.macs:
+        return b.macs / a.macs, "multiply-accumulates"
+    sizes = [sum(math.prod(shape) for shape in (*each.input_shapes, *each.output_shapes)) for each in (a, b)]
+    return (sizes[1] / sizes[0], "activations") if min(sizes) > 0 else (1.0, "activations")
 
 
 def _obstacle(kernel: ProfiledKernel) -> str:
@@ -147,10 +155,11 @@ def _doubt(kernel: ProfiledKernel, runs: int) -> float:
     return 2 * 0.93 * kernel.iqr_ns / math.sqrt(runs)
 
 
-def _positions(kernel: KernelSample, dense: bool) -> int:
-    """Outputs of a kernel that each cost the weight's multiply-accumulates once."""
-    shape = kernel.output_shapes[0] if kernel.output_shapes else ()
-    return math.prod(shape[:-1] if dense else (*shape[:1], *shape[2:])) or 1
+def _positions(kernel: KernelSample, op: str) -> int:
+    """Places of a kernel's activations that each cost the weight's multiply-accumulates once."""
+    sides = kernel.input_shapes if op == "ConvTranspose" else kernel.output_shapes
+    shape = sides[0] if sides else ()
+    return math.prod(shape[:-1] if op in ("Gemm", "MatMul") else (*shape[:1], *shape[2:])) or 1
 
 
 def _weights(path: Path) -> dict[str, Weight]:
@@ -172,7 +181,7 @@ def _weights(path: Path) -> dict[str, Weight]:
         turned = any(a.name == "transB" and a.i for a in node.attribute)
         first = node.op_type == "Conv" or turned
         channels = shape[0] if first else shape[1] * groups
-        weight = Weight(used.removesuffix(".weight"), math.prod(shape), channels, node.op_type in ("Gemm", "MatMul"))
+        weight = Weight(used.removesuffix(".weight"), math.prod(shape), channels, node.op_type)
         found.update({name: weight for name in (node.name, *node.output) if name})
     return found
 
@@ -190,5 +199,13 @@ def _runs(backend: Backend, profile: Profile, path: Path, clock: Clock) -> int:
 
 
 def _joined(first: tuple[KernelSample, ...], second: tuple[KernelSample, ...]) -> list[KernelSample]:
-    """Both passes' samples; the runtime makes the same kernels each time."""
-    return [replace(a, samples_ns=np.concatenate([a.samples_ns, b.samples_ns])) for a, b in zip(first, second, strict=True)]
+    """Both passes' samples. A kernel too short for the profiler's clock may show in one only: in the other it took nothing."""
+    others = {kernel.name: kernel for kernel in second}
+    found = []
+    for kernel in first:
+        other = others.pop(kernel.name, None)
+        more = np.zeros_like(kernel.samples_ns) if other is None else other.samples_ns
+        found.append(replace(kernel, samples_ns=np.concatenate([kernel.samples_ns, more])))
+    for kernel in others.values():
+        found.append(replace(kernel, samples_ns=np.concatenate([np.zeros_like(kernel.samples_ns), kernel.samples_ns])))
+    return found

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+
+import numpy as np
 
 from toolkit import backends
 from toolkit.backends import Session
@@ -17,17 +21,17 @@ from toolkit.schema import Conditions, Profile, Record, Statistic
 
 Progress = Callable[[str, float, float], None]  # step, done, total
 
-MIN_ROUNDS, ROUNDS, LOADINGS = 12, 24, 2
+MIN_ROUNDS, ROUNDS = 12, 24
 MAX_SPLIT_HALF, MAX_HALF_WIDTH, MAX_DRIFT = 0.05, 0.04, 0.25
-MAX_WAITING, MAX_CLOCK_SPREAD = 0.05, 0.05
+MAX_WAITING, MAX_CLOCK_SPREAD = 0.05, 0.1
 MAX_STEAL, MAX_PRESSURE = 0.05, 0.25  # shares of time; they count only where the interval is wide as well
 
 
 class Request(Record, frozen=True, kw_only=True):
     """What is to be measured: artefacts, interleaved; the first is what the others are compared with.
 
-    `min_samples` are taken of each whatever it costs; `time_limit_s` bounds what is taken beyond. `sustained_s` is how long the
-    artefacts run, interleaved as they will be timed, before the first sample counts.
+    `min_samples` and `MIN_ROUNDS` are taken whatever they cost; `time_limit_s` bounds what is taken beyond. `sustained_s` is how
+    long the artefacts run, interleaved as they will be timed, before the first sample counts.
     """
 
     profile: Profile
@@ -42,7 +46,7 @@ class Request(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Taken:
-    """What one session took; a position for each artefact. `warmup` counts inferences before the first sample."""
+    """What one session took; a position for each artefact. `warmup` counts the inferences of warming up and heating."""
 
     rounds: tuple[stats.Rounds, ...]
     reference: stats.Rounds
@@ -53,81 +57,129 @@ class Taken:
 
 
 def take(device: Device, request: Request, progress: Progress | None) -> Taken:
-    """Time the artefacts with the reference in the same rounds. After the time limit no round is begun, but for `min_samples`.
+    """Time the artefacts with the reference in the same rounds, until the result is narrow enough or the time is over.
 
-    The artefacts are loaded twice, the second time in reverse order, and each loading gives half of the rounds: where in memory
-    an artefact comes to lie is worth some tenths of a per cent, which then are within the rounds' spread and not in the ratio.
+    The artefacts are loaded anew for each part of the rounds, every other time in reverse order: where in memory an artefact
+    comes to lie is worth some tenths of a per cent, which so is averaged and shows as a spread of the rounds.
     """
-    shown = progress or (lambda step, done, total: None)
-    clock = device.clock_ns
-    taken: list[tuple[timing.Turn, ...]] = []
-    readings, limit_ns = list[Reading](), request.time_limit_s * 1e9
-    warmup, medians, planned, spent = [0] * len(request.paths), list[float](), ROUNDS, 0
-    at_least = -(-request.min_samples // (2 * ROUNDS))
+    session = _Session(device, request, progress or (lambda step, done, total: None))
     with tempfile.TemporaryDirectory() as folder:
         reference = reference_path(Path(folder))
-        for loading in range(LOADINGS):
+        for loading in count():
             with ExitStack() as stack:
-                opened, calls = _open(device, request, reference, stack, backwards=bool(loading % 2))
-                warm: list[tuple[int, float]] = []
-                for call in calls:
-                    shown("warm-up", len(warm), len(calls))
-                    warm.append(timing.warm_up(call, clock))
-                warmup = [made + more for made, (more, _) in zip(warmup, warm[1:], strict=True)]
-                medians = medians or [median for _, median in warm]  # both loadings give as many samples a visit
-                first = timing.glance(calls[0], medians[0])
-                others = [timing.visit(*one, at_least) for one in zip(calls[1:], medians[1:], strict=True)]
-                heat_s = request.sustained_s / (4 if loading else 1)  # it has cooled a little while loading
-                for passed in _heated(first, others, clock, heat_s):
-                    shown("sustained load", passed, heat_s)
-                    warmup = [made + 2 * each.burst for made, each in zip(warmup, others, strict=True)]
-                needed = -(-request.min_samples // (2 * min(each.burst for each in others)))
-                planned = max(ROUNDS, needed)
-                until = planned * (loading + 1) // LOADINGS
-                started = clock()
-                readings.append(device.read())
-                for turns in timing.interleaved(first, others, until - len(taken), clock, device.energy_j):
-                    taken.append(turns)
-                    readings.append(device.read())
-                    shown("rounds", len(taken), planned)
-                    late = spent + clock() - started > limit_ns * (loading + 1) / LOADINGS
-                    if late and len(taken) >= max(2 * loading + 2, needed * (loading + 1) // LOADINGS):
-                        break
-                spent += clock() - started
-                executed = tuple(session.executed_precision()[0] for session in opened)
-    references, *rounds = zip(*taken, strict=True)
-    return Taken(
-        rounds=tuple([turn.samples_ns for turn in own] for own in rounds),
-        reference=[turn.samples_ns for turn in references],
-        energy_j=tuple(map(_joules, rounds)),
-        warmup=tuple(warmup),
-        executed=executed,
-        conditions=conditions(readings),
-    )
+                session.part(loading, _open(device, request, reference, stack, backwards=bool(loading % 2)))
+            if loading % 2 and (session.late or half_width(session.rounds, request.statistic) <= MAX_HALF_WIDTH):
+                return session.taken()
+    raise AssertionError
+
+
+def half_width(rounds: Sequence[stats.Rounds], statistic: Statistic) -> float:
+    """Of the widest 95 % interval, relative: among the ratios to the first artefact, or of the only one's latency."""
+    return max(abs(high - low) / 2 / value for value, (low, high) in (result(rounds, i, statistic) for i in judged(rounds)))
+
+
+def result(rounds: Sequence[stats.Rounds], index: int, statistic: Statistic) -> tuple[float, tuple[float, float]]:
+    """An artefact's ratio to the first one, of the first one its latency, with the 95 % interval."""
+    if not index:
+        return stats.value(np.concatenate(rounds[0]), statistic), stats.interval(rounds[0], statistic)
+    return stats.ratio(rounds[0], rounds[index], statistic), stats.ratio_interval(rounds[0], rounds[index], statistic)
+
+
+def judged(rounds: Sequence[stats.Rounds]) -> Sequence[int]:
+    """The artefacts whose interval counts: a latency in ns drifts with the machine, so where there are ratios these."""
+    return range(1, len(rounds)) if len(rounds) > 1 else (0,)
+
+
+class _Session:
+    """What a session has taken so far."""
+
+    def __init__(self, device: Device, request: Request, shown: Progress) -> None:
+        self._device, self._request, self._shown = device, request, shown
+        self._turns: list[tuple[timing.Turn, ...]] = []
+        self._readings: list[list[Reading]] = []  # by loading
+        self._medians: list[float] = []  # of the first warm-up: all loadings give as many samples a visit
+        self._warmup = [0] * len(request.paths)
+        self._executed: tuple[str, ...] = ()
+        self._spent_ns = 0
+
+    @property
+    def rounds(self) -> tuple[stats.Rounds, ...]:
+        """By artefact."""
+        return tuple([turn.samples_ns for turn in own] for own in tuple(zip(*self._turns, strict=True))[1:])
+
+    @property
+    def late(self) -> bool:
+        return self._spent_ns > self._request.time_limit_s * 1e9
+
+    def part(self, loading: int, opened: Sequence[tuple[Session, timing.Call]]) -> None:
+        """Warm up, heat and time what was loaded; `opened` starts with the reference."""
+        request = self._request
+        self._warm_up([call for _, call in opened])
+        (reference, *artefacts), at_least = opened, -(-request.min_samples // (2 * ROUNDS))
+        first = timing.glance(reference[1], self._medians[0])
+        visits = [timing.visit(call, ns, at_least) for (_, call), ns in zip(artefacts, self._medians[1:], strict=True)]
+        self._heat(first, visits, request.sustained_s / (4 if loading else 1))  # it has cooled a little while loading
+        needed = max(MIN_ROUNDS, -(-request.min_samples // (2 * min(visit.burst for visit in visits))))
+        self._time(first, visits, -(-needed // 2) if loading < 2 else 1, -(-max(ROUNDS, needed) // 2))
+        self._executed = tuple(session.executed_precision()[0] for session, _ in artefacts)
+
+    def _warm_up(self, calls: Sequence[timing.Call]) -> None:
+        found: list[tuple[int, float]] = []
+        for call in calls:
+            self._shown("warm-up", len(found), len(calls))
+            found.append(timing.warm_up(call, self._device.clock_ns))
+        self._warmup = [made + more for made, (more, _) in zip(self._warmup, found[1:], strict=True)]
+        self._medians = self._medians or [median for _, median in found]
+
+    def _heat(self, reference: timing.Visit, visits: Sequence[timing.Visit], seconds: float) -> None:
+        """Run the artefacts as they will be timed for so long."""
+        clock = self._device.clock_ns
+        started = clock()
+        while (passed := (clock() - started) / 1e9) < seconds:
+            self._shown("sustained load", passed, seconds)
+            next(timing.interleaved(reference, visits, 1, clock))
+            self._warmup = [made + 2 * (each.lead + each.burst) for made, each in zip(self._warmup, visits, strict=True)]
+
+    def _time(self, reference: timing.Visit, visits: Sequence[timing.Visit], least: int, planned: int) -> None:
+        """So many rounds; after half of the time limit, if this is one of the first two loadings, no more than the least."""
+        clock, before = self._device.clock_ns, len(self._turns)
+        share = 1 if len(self._readings) else 0.5
+        started, readings = clock() - self._spent_ns, [self._device.read()]
+        for turns in timing.interleaved(reference, visits, planned, clock, self._device.energy_j):
+            self._turns.append(turns)
+            readings.append(self._device.read())
+            done = len(self._turns)
+            self._shown("rounds", done, max(before + planned, 2 * planned))
+            if clock() - started > share * self._request.time_limit_s * 1e9 and done - before >= least:
+                break
+        self._readings.append(readings)
+        self._spent_ns = clock() - started
+
+    def taken(self) -> Taken:
+        references, *artefacts = zip(*self._turns, strict=True)
+        return Taken(
+            rounds=self.rounds,
+            reference=[turn.samples_ns for turn in references],
+            energy_j=tuple(map(_joules, artefacts)),
+            warmup=tuple(self._warmup),
+            executed=self._executed,
+            conditions=conditions(self._readings),
+        )
 
 
 def _open(
     device: Device, request: Request, reference: Path, stack: ExitStack, *, backwards: bool
-) -> tuple[list[Session], list[timing.Call]]:
-    """The artefacts' sessions in their order, however they were loaded, and the calls of the reference and of each."""
+) -> list[tuple[Session, timing.Call]]:
+    """The reference and then the artefacts in their order, however they were loaded, each with its prepared call."""
     profile, backend = request.profile, device.backend(request.profile.runtime)
 
     def load(path: Path) -> tuple[Session, timing.Call]:
         session = stack.enter_context(closing(backend.open(path, threads=profile.threads, precision=profile.precision)))
         return session, session.prepare(backends.random_feeds(session.inputs, request.feeds_seed))
 
-    _, first = load(reference)
+    first = load(reference)
     loaded = [load(Path(path)) for path in (reversed(request.paths) if backwards else request.paths)]
-    ordered = loaded[::-1] if backwards else loaded
-    return [session for session, _ in ordered], [first, *(call for _, call in ordered)]
-
-
-def _heated(reference: timing.Visit, artefacts: Sequence[timing.Visit], clock: timing.Clock, seconds: float) -> Iterator[float]:
-    """Run the artefacts as they will be timed until so many seconds have passed; yields the seconds after each round."""
-    started = clock()
-    while (passed := (clock() - started) / 1e9) < seconds:
-        next(timing.interleaved(reference, artefacts, 1, clock))
-        yield passed
+    return [first, *(loaded[::-1] if backwards else loaded)]
 
 
 def _joules(turns: tuple[timing.Turn, ...]) -> float | None:
@@ -137,26 +189,17 @@ def _joules(turns: tuple[timing.Turn, ...]) -> float | None:
     return sum(known) / sum(len(turn.samples_ns) for turn in turns) if len(known) == len(spent) else None
 
 
-def objections(
-    taken: Taken, statistic: Statistic, min_samples: int, bounds: tuple[float, float], center: float
-) -> tuple[str, ...]:
-    """Reasons not to believe a session whose result is `center` with the 95 % interval `bounds`; none if it is valid."""
-    reasons = []
-    half_width = (bounds[1] - bounds[0]) / 2 / center
-    if len(taken.reference) < MIN_ROUNDS:
-        reasons.append(f"{len(taken.reference)} rounds fitted into the time limit, {MIN_ROUNDS} are needed")
-    fewest = min(sum(map(len, rounds)) for rounds in taken.rounds)
-    if fewest < min_samples:
-        reasons.append(f"{fewest} samples, {min_samples} are needed for the {statistic}")
-    halves = max(stats.split_half(rounds) for rounds in taken.rounds)
-    if halves > MAX_SPLIT_HALF:
+def objections(taken: Taken, index: int, request: Request, width: float) -> tuple[str, ...]:
+    """Reasons not to believe an artefact's result, whose 95 % interval is +-`width` (relative); none if it is valid."""
+    reasons, rounds = [], taken.rounds[index]
+    if (halves := stats.split_half(rounds)) > MAX_SPLIT_HALF:
         reasons.append(f"even and odd rounds differ by {halves:.1%}, more than {MAX_SPLIT_HALF:.0%}")
-    if half_width > MAX_HALF_WIDTH:
-        reasons.append(f"the 95 % interval is +-{half_width:.1%}, wider than +-{MAX_HALF_WIDTH:.0%}")
-    reasons += _machine(taken.conditions, half_width)
+    if width > MAX_HALF_WIDTH:
+        reasons.append(f"the 95 % interval is +-{width:.1%}, wider than +-{MAX_HALF_WIDTH:.0%}")
+    reasons += _machine(taken.conditions, request, width)
     drift = stats.drift(taken.reference)
     if abs(drift) > MAX_DRIFT and len(taken.rounds) > 1:
-        apart = max(stats.split_half_ratio(taken.rounds[0], other, statistic) for other in taken.rounds[1:])
+        apart = stats.split_half_ratio(taken.rounds[0], rounds, request.statistic)
         if apart > MAX_SPLIT_HALF:
             reasons.append(f"the machine's speed drifted by {drift:+.0%} and the ratio by {apart:.1%}")
     elif abs(drift) > MAX_DRIFT:
@@ -164,24 +207,37 @@ def objections(
     return tuple(reasons)
 
 
-def _machine(found: Conditions, half_width: float) -> list[str]:
+def _machine(found: Conditions, request: Request, width: float) -> list[str]:
     """What the machine did that a latency should not be measured under."""
     reasons = []
-    if found.waiting is not None and found.waiting > MAX_WAITING:
+    waiting = None if found.waiting is None else found.waiting / request.profile.threads
+    if waiting is not None and waiting > MAX_WAITING:
         reasons.append(
-            f"other work on this machine kept the measured threads waiting for a core {found.waiting:.0%} of the time,"
+            f"other work on this machine kept the measured threads waiting for a core {waiting:.0%} of the time,"
             f" more than {MAX_WAITING:.0%}"
         )
-    for share, limit, what in (
-        (found.steal, MAX_STEAL, "of the core time was taken by other machines on the same host"),
-        (found.cpu_pressure, MAX_PRESSURE, "of the time some task waited for a core"),
-    ):
-        unseen = found.waiting is None and what.startswith("of the time")
-        if share is not None and share > limit and (unseen or half_width > MAX_HALF_WIDTH / 2):
-            reasons.append(f"{share:.0%} {what}, and the interval is +-{half_width:.1%}")
+    if found.steal is not None and found.steal > MAX_STEAL and width > MAX_HALF_WIDTH / 2:
+        taken_away = "of the core time was taken by other machines on the same host"
+        reasons.append(f"{found.steal:.0%} {taken_away}, and the interval is +-{width:.1%}")
+    pressed = found.cpu_pressure is not None and found.cpu_pressure > MAX_PRESSURE
+    if pressed and (waiting is None or width > MAX_HALF_WIDTH / 2):
+        reasons.append(f"{found.cpu_pressure:.0%} of the time some task waited for a core, and the interval is +-{width:.1%}")
+    advice = "" if request.sustained_s else "; --sustained 60s measures the settled speed"
     if found.clock_hz is not None and found.clock_hz[0] < (1 - MAX_CLOCK_SPREAD) * found.clock_hz[1]:
         low, high = (clock / 1e6 for clock in found.clock_hz)
-        reasons.append(f"the clock changed between {low:.0f} and {high:.0f} MHz; --sustained 60s measures after it has settled")
-    if found.throttled:
-        reasons.append(f"the processor throttled {found.throttled} times; --sustained 60s measures the settled speed")
+        reasons.append(f"the clock changed between {low:.0f} and {high:.0f} MHz{advice}")
+    if found.throttled and not request.sustained_s:  # in the settled state it goes on and is what is asked for
+        reasons.append(f"the processor throttled {found.throttled} times{advice}")
     return reasons
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """What records call artefacts: the shortest ends of their paths that tell them apart; the same file again gets a number."""
+    whole = [path.resolve().parts for path in paths]
+    length = next(n for n in count(1) if len({parts[-n:] for parts in whole}) == len(set(whole)))
+    seen, names = Counter[str](), []
+    for parts in whole:
+        name = "/".join(parts[-length:]).replace("//", "/")
+        seen[name] += 1
+        names.append(f"{name} #{seen[name]}" if seen[name] > 1 else name)
+    return names

@@ -55,5 +55,7 @@ def answer(request: Request) -> Startup:
         first_inference_ns=ran - began,
         reload_ns=clock() - again,
         memory_peak_bytes=memory,
-        absent={} if memory is not None else {"memory_peak_bytes": device.read().absent["memory_peak_bytes"]},
+        absent={}
+        if memory is not None
+        else {"memory_peak_bytes": device.read().absent.get("memory_peak_bytes", "this kernel does not tell it")},
     )

@@ -64,7 +64,8 @@ class Visit:
 def visit(call: Call, median_ns: float, at_least: int = 1) -> Visit:
     """A visit that leads for `LEAD_NS` and samples for `TURN_NS`, `at_least` so many samples and never more than `MAX_BURST`."""
     once = max(1, int(median_ns))
-    return Visit(call, lead=max(1, -(-LEAD_NS // once)), burst=min(MAX_BURST, max(at_least, -(-TURN_NS // once))))
+    lead = -(-LEAD_NS // once) if once < 4 * LEAD_NS else 0  # a long inference hardly notices how it began
+    return Visit(call, lead, burst=min(MAX_BURST, max(at_least, -(-TURN_NS // once))))
 
 
 def glance(call: Call, median_ns: float) -> Visit:

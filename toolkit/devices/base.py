@@ -67,30 +67,27 @@ class Device(Protocol):
         """Energy the processor has used since some moment; None where nothing counts it, with the reason in `read().absent`."""
 
 
-def conditions(readings: Sequence[Reading]) -> Conditions:
-    """What happened between the first and the last of at least two readings."""
-    first, last = readings[0], readings[-1]
-    wall_ns = max(1, last.at_ns - first.at_ns)
-    absent = {name: why for name, why in last.absent.items() if name not in ("energy_j", "memory_peak_bytes")}
-    waiting = pressure = steal = None
-    if first.waited_ns is not None and last.waited_ns is not None:
-        waiting = max(0.0, (last.waited_ns - first.waited_ns) / wall_ns)
-    if first.pressure_us is not None and last.pressure_us is not None:
-        pressure = min(1.0, (last.pressure_us - first.pressure_us) * 1e3 / wall_ns)
-    if first.steal_ticks is not None and last.steal_ticks is not None and first.all_ticks and last.all_ticks:
-        steal = (last.steal_ticks - first.steal_ticks) / max(1, last.all_ticks - first.all_ticks)
+def conditions(parts: Sequence[Sequence[Reading]]) -> Conditions:
+    """What happened between the readings of each part, at least two; what happened between the parts does not count."""
+    readings = [reading for part in parts for reading in part]
+    wall_ns = max(1, sum(part[-1].at_ns - part[0].at_ns for part in parts))
+
+    def grown(name: str) -> float | None:
+        """By how much a counter grew within the parts."""
+        pairs = [(getattr(part[0], name), getattr(part[-1], name)) for part in parts]
+        return None if any(None in pair for pair in pairs) else float(sum(last - first for first, last in pairs))
+
+    waited, pressure, steal, ticks, throttled = map(grown, ("waited_ns", "pressure_us", "steal_ticks", "all_ticks", "throttled"))
     queue = [reading.runnable for reading in readings if reading.runnable is not None]
     clocks = [reading.clock_hz for reading in readings if reading.clock_hz is not None]
-    found = Conditions(
-        waiting=waiting,
-        cpu_pressure=pressure,
-        steal=steal,
+    ends = readings[0].temperature_c, readings[-1].temperature_c
+    return Conditions(
+        waiting=None if waited is None else max(0.0, waited / wall_ns),
+        cpu_pressure=None if pressure is None else min(1.0, pressure * 1e3 / wall_ns),
+        steal=None if steal is None or ticks is None else steal / max(1.0, ticks),
         run_queue=float(np.mean(queue)) if queue else None,
         clock_hz=(float(np.quantile(clocks, 0.1)), float(np.quantile(clocks, 0.9))) if clocks else None,
-        temperature_c=None
-        if first.temperature_c is None or last.temperature_c is None
-        else (first.temperature_c, last.temperature_c),
-        throttled=None if first.throttled is None or last.throttled is None else last.throttled - first.throttled,
-        absent=absent,
+        temperature_c=None if ends[0] is None or ends[1] is None else (ends[0], ends[1]),
+        throttled=None if throttled is None else round(throttled),
+        absent={name: why for name, why in readings[-1].absent.items() if name not in ("energy_j", "memory_peak_bytes")},
     )
-    return found

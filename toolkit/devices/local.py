@@ -64,7 +64,9 @@ class Local:
             _number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")
         ]
         found = {
-            "waited_ns": sum(int(fields[1]) for fields in waits if len(fields) == 3) if any(waits) else None,
+            "waited_ns": sum(int(fields[1]) for fields in waits if fields)
+            if any(set("".join(fields)) - {"0"} for fields in waits)
+            else None,
             "pressure_us": int(pressure.rpartition("total=")[2]) if "total=" in pressure else None,
             "steal_ticks": ticks[7] if len(ticks) == 8 else None,
             "runnable": int(average[3].partition("/")[0]) if len(average) > 3 else None,

@@ -54,7 +54,7 @@ class Simulated:
             waited_ns=int(self._waited_ns),
             pressure_us=int(self._waited_ns / 1e3),
             steal_ticks=0,
-            all_ticks=max(1, ticks),
+            all_ticks=ticks,
             runnable=2 if self._foreign else 1,
             clock_hz=self._clock() * self._of.heat.clock_hz,
             temperature_c=self._heat_c,

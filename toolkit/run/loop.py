@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from toolkit import bench, profiles
-from toolkit.errors import BudgetError
+from toolkit.errors import BudgetError, UsageError
 from toolkit.export import export_artefacts
 from toolkit.graph import Program
 from toolkit.latency import LatencyModel
@@ -186,7 +187,7 @@ def parity_samples(images: Images) -> dict[str, np.ndarray[Any, Any]]:
 def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
     """Dense and pruned, interleaved; remembered beside the table, so that the same table leads to the same plan again."""
     known = remembered(job, widths)
-    if known.exists():
+    with suppress(UsageError):  # not there, or of another version of edgekit
         return load_json(Comparison, known)
     measured = time_pair(job, path)
     if measured.pruned.valid:
