@@ -136,10 +136,18 @@ class Tally:
         self.kept |= dict.fromkeys(COUNTS, 0) | {name: {} for name in TALLIES} | {"failures": []}
         if output and output.exists():
             self.kept = {k: v for k, v in json.loads(output.read_text()).items() if k != "summary"}
+        # A process that was killed says nothing of the graph: its seeds are done again.
+        killed = [found for found in self.kept["failures"] if found["stage"] == "process"]
+        self.again = [found["seed"] for found in killed]
+        self.kept["failures"] = [found for found in self.kept["failures"] if found not in killed]
+        self.kept["programs"] -= len(killed)
 
     def add(self, found: dict[str, Any], seconds: float) -> None:
-        self.pending[found["seed"]] = found
         self.kept["seconds"] += seconds
+        if found["seed"] < self.kept["next_seed"]:
+            self.count(found)
+        else:
+            self.pending[found["seed"]] = found
         while self.kept["next_seed"] in self.pending:
             self.count(self.pending.pop(self.kept["next_seed"]))
             self.kept["next_seed"] += 1
@@ -191,6 +199,8 @@ def search(count: int, jobs: int, tally: Tally) -> None:
     chunks: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     done: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     chunk = min(CHUNK, -(-count // jobs))
+    for seed in tally.again:
+        chunks.put((seed, seed + 1))
     for first in range(start, end, chunk):
         chunks.put((first, min(first + chunk, end)))
 

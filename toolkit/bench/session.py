@@ -70,7 +70,7 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
                 session.part(loading, _open(device, request, reference, stack, backwards=bool(loading % 2)))
             if loading % 2 and (session.late or half_width(session.rounds, request.statistic) <= MAX_HALF_WIDTH):
                 return session.taken()
-    raise AssertionError
+    raise AssertionError("count() never ends")
 
 
 def half_width(rounds: Sequence[stats.Rounds], statistic: Statistic) -> float:
