@@ -99,4 +99,5 @@ def test_the_wheel_carries_everything_that_is_read_at_run_time(tmp_path: Path) -
     assert not {str(path) for path in wanted if not (installed / path).exists()}
     code = "from toolkit import demo, profiles; print(demo.weights_path(), *(p.id for p in profiles.list_profiles()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(installed / "toolkit/demo/weights.safetensors"), "local-onnxruntime", "local-openvino"]
+    bundled = sorted(path.parent.name for path in ROOT.glob("hw_profiles/*/profile.json"))
+    assert done.stdout.split() == [str(installed / "toolkit/demo/weights.safetensors"), *bundled] and len(bundled) > 2
