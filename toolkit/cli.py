@@ -450,7 +450,7 @@ def bench(
     file: Path | None,
     as_json: bool,
 ) -> None:
-    """Time model files, interleaved; the others as ratios to the first.
+    """Time model files, interleaved.
 
     \b
     edgekit bench model.onnx -o earlier.json                  keep a figure
