@@ -21,7 +21,7 @@ from toolkit.bench.reference import reference_path
 from toolkit.errors import UsageError
 from toolkit.schema import Benchmark, Conditions, KernelProfile, Profile, ProfiledKernel, from_json, to_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timed]
+pytestmark = pytest.mark.slow
 
 Simulated = list[NDArray[np.int64]]
 PROFILES = {
@@ -235,6 +235,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return residual(folder / "dense.onnx", (64, 64, 64), 64), residual(folder / "model.onnx", (16, 16, 16), 64)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("runtime", sorted(PROFILES))
 def test_comparison_of_real_networks(runtime: str, models: tuple[Path, Path]) -> None:
     seen: list[tuple[int, int]] = []
@@ -260,6 +261,7 @@ def test_comparison_of_real_networks(runtime: str, models: tuple[Path, Path]) ->
     assert from_json(type(result), to_json(result)) == result
 
 
+@pytest.mark.timed
 def test_a_fresh_process_answers_with_the_same_record(models: tuple[Path, Path]) -> None:
     found = bench.benchmark(PROFILES["onnxruntime"], models[1:], statistic="p90", fresh_process=True, retries=0)
     (record,) = found.measurements
@@ -267,12 +269,14 @@ def test_a_fresh_process_answers_with_the_same_record(models: tuple[Path, Path])
     assert record.samples >= 64 and record.latency_ns == record.p90_ns >= record.median_ns
 
 
+@pytest.mark.timed
 def test_errors_cross_the_process(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="missing.onnx") as caught:
         bench.compare(PROFILES["onnxruntime"], models[0], tmp_path / "missing.onnx", fresh_process=True)
     assert caught.value.hint
 
 
+@pytest.mark.timed
 def test_the_time_limit_spares_the_rounds_that_are_needed(models: tuple[Path, Path]) -> None:
     record = bench.measure(PROFILES["onnxruntime"], models[0], time_limit_s=0.0, retries=0)
     assert len(record.rounds_ns) == session.MIN_ROUNDS and record.samples >= 11
@@ -303,6 +307,7 @@ def test_the_reference_has_the_same_bytes_everywhere(tmp_path: Path) -> None:
 # --- a busy machine, loading, kernels ------------------------------------------------------------------------------------
 
 
+@pytest.mark.timed
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not tell how long threads wait")
 def test_a_machine_made_busy_is_not_valid_and_says_why(models: tuple[Path, Path]) -> None:
     cores = devices.open(PROFILES["onnxruntime"]).facts().cores
@@ -317,6 +322,7 @@ def test_a_machine_made_busy_is_not_valid_and_says_why(models: tuple[Path, Path]
     assert any("other work on this machine kept the measured threads waiting" in reason for reason in record.invalid_reasons)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("runtime", sorted(PROFILES))
 def test_loading_is_measured_in_a_process_of_its_own(runtime: str, models: tuple[Path, Path], tmp_path: Path) -> None:
     large = residual(tmp_path / "large.onnx", (512, 512), 16)
@@ -330,6 +336,7 @@ def test_loading_is_measured_in_a_process_of_its_own(runtime: str, models: tuple
         startup.startup(PROFILES[runtime], tmp_path / "missing.onnx")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("runtime", sorted(PROFILES))
 def test_every_node_is_in_one_kernel_of_the_profile(runtime: str, models: tuple[Path, Path]) -> None:
     dense, pruned = kernels.profiles(PROFILES[runtime], models)
@@ -348,6 +355,7 @@ def test_every_node_is_in_one_kernel_of_the_profile(runtime: str, models: tuple[
     assert gained == sorted(gained, reverse=True)
 
 
+@pytest.mark.timed
 def test_multiply_accumulates_are_those_of_the_file(models: tuple[Path, Path]) -> None:
     (profile,) = kernels.profiles(PROFILES["onnxruntime"], models[:1])
     macs = {kernel.name: kernel.macs for kernel in profile.kernels}
@@ -364,6 +372,7 @@ def test_a_kernel_too_short_to_show_in_one_pass_is_no_other_kernel(missing: str)
     assert {kernel.name: float(np.mean(kernel.samples_ns)) for kernel in joined} == {"a": 5000, "b": 500, "c": 7000}
 
 
+@pytest.mark.timed
 def test_a_transposed_convolution_works_at_its_inputs(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
