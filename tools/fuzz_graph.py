@@ -136,11 +136,10 @@ class Tally:
         self.kept |= dict.fromkeys(COUNTS, 0) | {name: {} for name in TALLIES} | {"failures": []}
         if output and output.exists():
             self.kept = {k: v for k, v in json.loads(output.read_text()).items() if k != "summary"}
-        # A process that was killed says nothing of the graph: its seeds are done again.
-        killed = [found for found in self.kept["failures"] if found["stage"] == "process"]
-        self.again = [found["seed"] for found in killed]
-        self.kept["failures"] = [found for found in self.kept["failures"] if found not in killed]
-        self.kept["programs"] -= len(killed)
+        # What failed is done again: a process that was killed says nothing of the graph, and a mended fault has to be shown mended.
+        self.again = [found["seed"] for found in self.kept["failures"]]
+        self.kept["programs"] -= len(self.again)
+        self.kept["failures"] = []
 
     def add(self, found: dict[str, Any], seconds: float) -> None:
         self.kept["seconds"] += seconds

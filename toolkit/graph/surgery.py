@@ -45,14 +45,16 @@ def apply(program: Program, kept: Mapping[str, Sequence[int]]) -> Program:
     check(program, kept)
     module = shared_copy(program.module)
     nodes = {n.name: n for n in module.graph.nodes}
+    heirs: dict[str, Node] = {}
     for name, indices in kept.items():
         if not len(indices):
             branch = program.branches[name]
             join = nodes[branch.join]
             # the operand that stays is looked up now: it may itself have become what an earlier drop left
-            join.replace_all_uses_with(next(a for a in join.args if a is not nodes[branch.end]))
+            heirs[join.name] = next(a for a in join.args if a is not nodes[branch.end])
+            join.replace_all_uses_with(heirs[join.name])
     drop_dead(module)
-    cut = Cut(program, module, program.gone(kept))
+    cut = Cut(program, module, program.gone(kept), heirs)
     for node in list(module.graph.nodes):
         if node.op == "call_function":
             cut.rewrite(node)
@@ -94,6 +96,7 @@ class Cut:
     program: Program
     module: GraphModule
     gone: Mask
+    heirs: Mapping[str, Node]  # a join that went with its branch -> the operand that stayed
     replaced: dict[str, str] = field(default_factory=dict)  # a selection's name -> that of the node it replaces
     made: dict[Node, tuple[int, ...]] = field(default_factory=dict)  # shapes of new nodes and of nodes that keep theirs
 
@@ -117,6 +120,8 @@ class Cut:
             source, axis, order = self.program.shuffles[node.name]
             entries = self.program.dims[source][axis]
             if self.left(entries) is not None:
+                while source in self.heirs:
+                    source = self.name(self.heirs[source])
                 origin = next(n for n in self.module.graph.nodes if self.name(n) == source)
                 self.select(node, origin, axis, entries, np.asarray(order))
             return
