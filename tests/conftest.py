@@ -5,3 +5,28 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has its own process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def exports() -> list[tuple[dict[str, int], Any]]:
+    """Real exports of the network in widths.py: dense, two probes, and one to check with."""
+    from widths import FORMS, GROUPS, export
+
+    from toolkit.latency import choose_probe_widths
+
+    widths = [{name: full for name, (_, full) in GROUPS.items()}, *choose_probe_widths(GROUPS, FORMS)]
+    return [(each, export(each)) for each in widths]
+
+
+@pytest.fixture(scope="session")
+def maker(exports: list[tuple[dict[str, int], Any]]) -> Any:
+    """The maker of its variants."""
+    from widths import FORMS
+
+    from toolkit.latency import solve
+
+    return solve(exports[:-1], FORMS, exports[-1])

@@ -223,7 +223,34 @@ class TableRow(Record, frozen=True, kw_only=True):
     iqr_ns: float
     n: int
     ratio: float  # latency_ns / reference latency
+    kernels: str  # what the runtime executed there most often, as operator/implementation
     measured_at: str
+
+
+class RegimeEvidence(Record, frozen=True, kw_only=True):
+    """The kernels that were executed at the widths of one regime, most often first, with how often."""
+
+    regime: str
+    samples: int
+    kernels: tuple[tuple[str, int], ...]
+
+
+class AlignmentEvidence(Record, frozen=True, kw_only=True):
+    """How a runtime treats the channels of an operator family, and why that is believed.
+
+    Errors are mean relative ones on channel pairs left out of the fit: with these steps and regimes, and without any.
+    """
+
+    kind: str
+    step_in: int
+    step_out: int
+    block: int
+    block_out: int
+    multiple: int
+    multiple_out: int
+    error: float
+    error_without: float
+    regimes: tuple[RegimeEvidence, ...]
 
 
 class TableHeader(Record, frozen=True, kw_only=True):
@@ -233,8 +260,10 @@ class TableHeader(Record, frozen=True, kw_only=True):
     fingerprint: Fingerprint
     reference_ns: float
     created_at: str
+    rows: str  # file name of the CSV
     rows_sha256: str
-    networks: int
+    models: dict[str, int]  # networks measured, by the model's structure and when
+    alignments: tuple[AlignmentEvidence, ...] = ()
 
 
 class HeldOut(Record, frozen=True, kw_only=True):

@@ -136,7 +136,7 @@ class Tally:
         self.kept |= dict.fromkeys(COUNTS, 0) | {name: {} for name in TALLIES} | {"failures": []}
         if output and output.exists():
             self.kept = {k: v for k, v in json.loads(output.read_text()).items() if k != "summary"}
-        # What failed is done again: a process that was killed says nothing of the graph, and a mended fault has to be shown mended.
+        # What failed is done again: a killed process says nothing of the graph, and a mended fault has to be shown mended.
         self.again = [found["seed"] for found in self.kept["failures"]]
         self.kept["programs"] -= len(self.again)
         self.kept["failures"] = []

@@ -1,17 +1,17 @@
 """Latency tables: width variants of a program, measured inside whole networks, and the model fitted to them."""
 
-from toolkit.latency.measure import measure_model
+from toolkit.latency.measure import ModelTable
 from toolkit.latency.predict import LatencyModel, PlaceCost
 from toolkit.latency.sites import Site
 from toolkit.latency.variants import VariantMaker, ambiguous_forms, choose_probe_widths, solve
 
 __all__ = [
     "LatencyModel",
+    "ModelTable",
     "PlaceCost",
     "Site",
     "VariantMaker",
     "ambiguous_forms",
     "choose_probe_widths",
-    "measure_model",
     "solve",
 ]

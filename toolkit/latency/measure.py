@@ -1,72 +1,188 @@
-"""From a model's variants to its latency model: measure what the table does not have, fit, judge."""
+"""From a model's variants to its latency model: measure what the table does not have, fit, judge; and measure more on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
 
 from toolkit.devices import Device
 from toolkit.errors import TableError
-from toolkit.latency.predict import LatencyModel, fit_model
-from toolkit.latency.sites import find_sites
+from toolkit.latency.fit import fit_model, observe
+from toolkit.latency.predict import LatencyModel
+from toolkit.latency.sampling import NETWORKS, anchor_widths, sample_widths
+from toolkit.latency.sites import Site, find_sites
 from toolkit.latency.table import (
-    NETWORKS,
-    Progress,
+    HEADER,
+    SAMPLES,
+    NetworkSample,
     SampleSet,
+    append_partial,
+    identity,
     kernel_rows,
     load_samples,
     load_table,
-    measure_networks,
     merge_table,
-    sample_widths,
+    now,
+    read_partial,
+    save_samples,
     structure_id,
 )
-from toolkit.latency.variants import VariantMaker
-from toolkit.schema import Fingerprint, Profile
+from toolkit.latency.timer import Timer
+from toolkit.latency.variants import BLOB, VariantMaker
+from toolkit.schema import Fingerprint, Profile, TableRow
+
+Progress = Callable[[str, int, int], None]
+Wanted = tuple[str, dict[str, int], Path | None]  # role, widths, a file where no variant can be
 
 MIN_COVERAGE = 0.9
+PLAN_S = 4.0  # for a network that is measured on demand
+REUSED_SAMPLES = 40  # of a kernel, from which on another model's rows stand for profiling it
+REUSED_SHARE = 0.5  # of the networks that are measured where all kernels are known
 
 
-def measure_model(
-    profile: Profile,
-    fingerprint: Fingerprint,
-    device: Device,
-    maker: VariantMaker,
-    candidates: Mapping[str, Sequence[int]],
-    folder: Path,
-    *,
-    seconds: float = 40.0,
-    seed: int = 0,
-    progress: Progress = lambda step, done, total: None,
-    extra: Sequence[tuple[dict[str, int], Path]] = (),
-    networks: int = NETWORKS,
-) -> LatencyModel:
-    """The latency model of one program on one device, measured in about `seconds` unless `folder` has it already.
+@dataclass
+class ModelTable:
+    """What was measured for one program on one device, and the latency model fitted to it."""
 
-    `folder` is the fingerprint's; the model's own networks go into a subfolder named after its structure. Groups without
-    candidates keep their width. `extra` are exported files with branches dropped (width 0), which variants cannot be.
+    profile: Profile
+    fingerprint: Fingerprint
+    device: Device
+    maker: VariantMaker
+    candidates: Mapping[str, Sequence[int]]
+    folder: Path  # of the fingerprint; the program's own networks go into a subfolder named after its structure
+    seed: int = 0
+    model: LatencyModel = field(init=False)
+    sites: tuple[Site, ...] = field(init=False)
 
-    Raises:
-        TableError: a file of the table is damaged or of another fingerprint; a network that computes no finite values;
-            profiled kernels that cannot be tied to the network.
-    """
-    sites = find_sites(maker, profile.precision)
-    own = folder / structure_id(sites)
-    grid = {name: [width for width in candidates.get(name, ()) if width > 0] or [full] for name, full in maker.widths.items()}
-    plan = sample_widths(grid, networks, seed)
-    before = load_samples(own, fingerprint) if (own / "samples.json").exists() else None
-    header = folder / "header.json"
-    if header.exists():
-        load_table(folder, fingerprint)  # damage is told before the time for a measurement is spent
-    samples = measure_networks(
-        profile, fingerprint, device, maker, sites, plan, extra, own, seconds=seconds, seed=seed, progress=progress
-    )
-    rows = kernel_rows(samples, sites)
-    if before is None or not header.exists():
-        merge_table(folder, samples, rows)
-    model = fit_model(samples, sites)
-    return replace(model, coverage=_coverage(samples), table_id=f"{fingerprint.id}-{samples.digest[:8]}", rows=len(rows))
+    def __post_init__(self) -> None:
+        self.sites = find_sites(self.maker, self.profile.precision)
+        self._timer: Timer | None = None
+
+    @property
+    def own(self) -> Path:
+        """The folder of the program's own networks."""
+        return self.folder / structure_id(self.sites)
+
+    @property
+    def grid(self) -> dict[str, list[int]]:
+        """Widths that variants may have; groups without candidates keep theirs."""
+        return {name: [w for w in self.candidates.get(name, ()) if w > 0] or [full] for name, full in self.maker.widths.items()}
+
+    def known(self) -> bool:
+        """Whether all of it was measured before."""
+        return (self.own / SAMPLES).exists()
+
+    def measure(
+        self,
+        *,
+        seconds: float,
+        networks: int = NETWORKS,
+        extra: Sequence[tuple[dict[str, int], Path]] = (),
+        progress: Progress = lambda step, done, total: None,
+    ) -> LatencyModel:
+        """Measure what the folder does not have yet in about `seconds`, and fit.
+
+        Each network is written as soon as it is measured, so an interrupted measurement goes on where it stopped. `extra` are
+        exported files with branches dropped (width 0), which variants cannot be. `networks` are fewer where the table has this
+        program's kernels from others.
+
+        Raises:
+            TableError: a file of the table is damaged or of another fingerprint; a network that computes no finite values;
+                profiled kernels that cannot be tied to the network.
+        """
+        done = load_samples(self.own, self.fingerprint) if self.known() else None
+        header = load_table(self.folder, self.fingerprint)[0] if (self.folder / HEADER).exists() else None
+        borrowed = done.borrowed if done else self._borrow()
+        if not done and self._covered(borrowed):
+            networks = round(networks * REUSED_SHARE)
+        plan = [] if done else sample_widths(self.grid, networks, self.seed)
+        wanted: list[Wanted] = [(role, widths, None) for role, widths in plan]
+        wanted += [("extra", dict(widths), path) for widths, path in extra]
+        samples = self._complete(done, wanted, borrowed, seconds, progress)
+        self.model = self._fit(samples, None)
+        label = f"{self.own.name} {samples.created_at}"
+        if header is None or label not in header.models:
+            first = [network for network in samples.networks if network.role != "plan"]
+            observed, _ = observe(first, self.sites, samples)
+            merge_table(self.folder, label, samples, kernel_rows(observed, samples), self.model.evidence)
+        return self.model
+
+    def refine(self, plans: Sequence[tuple[Mapping[str, int], Path | None]], progress: Progress | None = None) -> LatencyModel:
+        """Measure these widths too (those with a dropped branch from an exported file), and fit again with the same steps.
+
+        What is known already is not measured again. Call `measure` first.
+        """
+        samples = load_samples(self.own, self.fingerprint)
+        wanted: list[Wanted] = [("plan", dict(widths), path) for widths, path in plans]
+        missing = [item for item in wanted if not self._has(samples.networks, item)]
+        if missing:
+            report = progress or (lambda step, done, total: None)
+            samples = self._complete(samples, missing, samples.borrowed, PLAN_S * len(missing), report)
+            self.model = self._fit(samples, self.model)
+        return self.model
+
+    def _complete(
+        self, done: SampleSet | None, wanted: Sequence[Wanted], borrowed: tuple[TableRow, ...], seconds: float, progress: Progress
+    ) -> SampleSet:
+        """The samples with all that is wanted, measured where it is missing, and on disk."""
+        networks = [*(done.networks if done else ()), *read_partial(self.own)]
+        missing = [item for item in wanted if not self._has(networks, item)]
+        if done and not missing and len(networks) == len(done.networks):
+            return done
+        self.own.mkdir(parents=True, exist_ok=True)
+        timer = self._open_timer() if missing else None
+        end = timer.now_s() + seconds * len(missing) / max(len(wanted), 1) if timer else 0.0
+        for position, (role, widths, path) in enumerate(missing):
+            assert timer is not None
+            allowance = max(0.0, end - timer.now_s()) / (len(missing) - position)
+            file = path or self.maker.write(widths, self.own)
+            network = timer.measure(file, role, widths, self.sites if path is None else (), allowance)
+            networks.append(network)
+            append_partial(self.own, network)
+            progress("measuring networks", position + 1, len(missing))
+        for leftover in (BLOB, "variant.onnx", "anchor.onnx", "reference.onnx"):
+            (self.own / leftover).unlink(missing_ok=True)
+        base = done or SampleSet(fingerprint=self.fingerprint, seed=self.seed, created_at=now(), networks=(), borrowed=borrowed)
+        return save_samples(self.own, msgspec.structs.replace(base, networks=tuple(networks)))
+
+    def _open_timer(self) -> Timer:
+        """The anchor and the reference are opened once."""
+        if self._timer is None:
+            anchor = self.maker.write(anchor_widths(self.grid), self.own, "anchor.onnx")
+            self._timer = Timer(self.profile, self.device, self.own, anchor)
+        return self._timer
+
+    def _has(self, networks: Sequence[NetworkSample], item: Wanted) -> bool:
+        wanted = identity(item[:2])
+        return any(identity(network) == wanted for network in networks)
+
+    def _borrow(self) -> tuple[TableRow, ...]:
+        """Rows that other models measured of this program's kernels."""
+        if not (self.folder / HEADER).exists():
+            return ()
+        keys = {site.key for site in self.sites}
+        header, rows = load_table(self.folder, self.fingerprint)
+        own = any(label.startswith(self.own.name) for label in header.models)
+        return () if own else tuple(row for row in rows if row.key in keys)
+
+    def _covered(self, rows: Sequence[TableRow]) -> bool:
+        """Whether these rows hold enough of every kernel."""
+        count = {site.key: 0 for site in self.sites}
+        for row in rows:
+            count[row.key] += row.n
+        return min(count.values(), default=0) >= REUSED_SAMPLES
+
+    def _fit(self, samples: SampleSet, before: LatencyModel | None) -> LatencyModel:
+        model = fit_model(samples, self.sites, before.alignments if before else None)
+        return replace(
+            model,
+            coverage=_coverage(samples),
+            table_id=f"{self.fingerprint.id}-{samples.digest[:8]}",
+            rows=sum(len({(s.c_in.at(n.widths), s.c_out.at(n.widths)) for n in samples.networks}) for s in self.sites),
+        )
 
 
 def _coverage(samples: SampleSet) -> float:

@@ -44,7 +44,7 @@ class SiteTime:
 
     site: int
     latency_ns: float
-    kernels: int
+    kernels: str  # what was executed, as operator/implementation in alphabetical order
 
 
 def find_sites(maker: VariantMaker, precision: str) -> tuple[Site, ...]:
@@ -90,7 +90,7 @@ def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[l
         owners.append(max(fused) if fused else None)
     makers = {name: index for kernel, index in zip(kernels, owners, strict=True) if index is not None for name in kernel.outputs}
     times = np.zeros(len(sites))
-    counts = np.zeros(len(sites), int)
+    executed: list[list[str]] = [[] for _ in sites]
     lost = 0.0
     for position, kernel in enumerate(kernels):
         latency = undisturbed(kernel.samples_ns, KERNEL_SHARE)
@@ -101,8 +101,8 @@ def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[l
             lost += latency
         else:
             times[index] += latency
-            counts[index] += 1
-    return [SiteTime(i, float(times[i]), int(counts[i])) for i in range(len(sites))], lost
+            executed[index].append(f"{kernel.op}/{kernel.implementation}".rstrip("/").replace(" ", "_"))
+    return [SiteTime(i, float(times[i]), " ".join(sorted(executed[i]))) for i in range(len(sites))], lost
 
 
 def undisturbed(samples: Any, share: float) -> float:
@@ -177,7 +177,10 @@ def _channels(maker: VariantMaker, head: Any) -> tuple[DimForm, DimForm, str]:
 
 
 def _axis(maker: VariantMaker, tensor: str, axis: int) -> DimForm:
-    return _or_zero(maker.channels.get(tensor, ()), axis)
+    """The dimension at `axis`; where that never changes the first one that does, as heads do in a product of activations."""
+    forms = maker.channels.get(tensor, ())
+    usual = _or_zero(forms, axis)
+    return usual if usual.terms else next((form for form in forms if form.terms), usual)
 
 
 def _or_zero(forms: Sequence[DimForm], axis: int) -> DimForm:

@@ -29,7 +29,7 @@ from toolkit.run.prepare import (
     Target,
     Traced,
     allocatable,
-    latency_model,
+    latency_table,
     load_and_trace,
     load_images,
     open_target,
@@ -114,8 +114,9 @@ def run(request: RunRequest, progress: Progress) -> Report:
     exact_ns = request.budget.latency_ns
     budget = exact_ns / measured.latency_ns if exact_ns else request.budget.ratio
     with clock.step("table"):
-        model = latency_model(target, traced.program, candidates, request.seed, measured.latency_ns, progress)
-    job = loop.Job(request, target, traced.program, images, candidates, model, dense_path, out, budget, exact_ns, progress)
+        table = latency_table(target, traced.program, candidates, request.seed, measured.latency_ns, progress)
+        candidates = table.model.far_edges(candidates, {group.name: group.width for group in traced.program.groups})
+    job = loop.Job(request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress)
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
@@ -314,7 +315,7 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
     for site in job.model.sites:
         dense = job.model.site_cost(site, site.c_in.at(before), site.c_out.at(before))
         shape, cut = (site.c_in.at(before), site.c_out.at(before)), (site.c_in.at(after), site.c_out.at(after))
-        pruned = job.model.site_cost(site, *cut)
+        pruned = max(0.0, job.model.site_cost(site, *cut))
         note = ""
         if 0 in cut and 0 not in shape:
             note = "gone with its branch"
@@ -482,7 +483,7 @@ def measure(
         path = Path(folder) / "dense.onnx"
         save_onnx(to_onnx(traced.program), path, {})
         dense = benches.measure(target.profile, path, time_limit_s=30.0)
-    return latency_model(target, traced.program, candidates, seed, dense.latency_ns, progress).summary()
+    return latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress).model.summary()
 
 
 def export(

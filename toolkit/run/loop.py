@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from toolkit import bench, profiles
+from toolkit import bench
 from toolkit.errors import BudgetError, UsageError
-from toolkit.export import export_artefacts
+from toolkit.export import export_artefacts, save_onnx, to_onnx
 from toolkit.graph import Program
-from toolkit.latency import LatencyModel
+from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, allocate, floor
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, score
 from toolkit.run.prepare import Images, Target
@@ -27,6 +28,7 @@ AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
 NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
 EFFECT_PASSES = 20.0
+REFINEMENTS, HOLDS = 3, 0.02  # proposals measured before one is believed; relative, how far a promise may be off
 
 Progress = Callable[[str, float, float], None]
 
@@ -52,13 +54,18 @@ class Job:
     program: Program
     images: Images
     candidates: Mapping[str, Sequence[int]]
-    model: LatencyModel
+    table: ModelTable
     dense_path: Path
     folder: Path
     budget: float
     exact_ns: float
     progress: Progress
     floor: Floor | None = None
+
+    @property
+    def model(self) -> LatencyModel:
+        """The latency model as it is by now: plans that were measured make it better."""
+        return self.table.model
 
     @property
     def dense_widths(self) -> dict[str, int]:
@@ -75,7 +82,7 @@ class Job:
     @property
     def plans(self) -> Path:
         """Where what was measured of plans is kept, beside the table that led to them."""
-        return profiles.table_dir(self.target.fingerprint) / "plans" / self.model.table_id
+        return self.table.own / "plans"
 
     def upper(self, measured: Comparison) -> float:
         """Upper end of the interval of measured / budget, by the ratio to dense: it survives the machine's drift."""
@@ -139,7 +146,7 @@ def check_floor(job: Job) -> Floor:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
     """
     groups = job.program.groups
-    lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.scale * job.model.overhead_ns)
+    lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns)
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     write(job, state, folder)
@@ -229,13 +236,37 @@ def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
 
 
 def solve(job: Job, state: State, scores: Scores, share: float) -> Allocation:
-    """Widths for a share of the dense latency as the table sees it; the fastest network where none is predicted fast enough."""
-    overhead = job.model.scale * job.model.overhead_ns
-    arguments = (job.program.groups, options(job, state), losses(scores), job.model.costs(), overhead)
+    """Widths for a share of the dense latency; the fastest network where none is predicted fast enough.
+
+    An allocation looks for what a table has too cheap. So what it proposes is measured and the table mended, until a proposal
+    holds what the table promised.
+    """
+    for _ in range(REFINEMENTS):
+        proposed = propose(job, state, scores, share)
+        promised = job.predicted(proposed.widths)
+        refine(job, proposed.widths)
+        if abs(job.predicted(proposed.widths) / promised - 1) <= HOLDS:
+            return proposed
+    return propose(job, state, scores, share)
+
+
+def propose(job: Job, state: State, scores: Scores, share: float) -> Allocation:
+    """Widths for a share of the dense latency as the table has it now."""
+    arguments = (job.program.groups, options(job, state), losses(scores), job.model.costs(), job.model.overhead_ns)
     try:
         return allocate(*arguments, share * job.model.predict(job.dense_widths))
     except BudgetError:
         return floor(*arguments)
+
+
+def refine(job: Job, widths: Mapping[str, int]) -> None:
+    """Measure the network of these widths for the table; one with dropped branches from a real export."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = None
+        if min(widths.values()) == 0:
+            path = Path(folder) / "dropped.onnx"
+            save_onnx(to_onnx(floor_state(job.program, widths).program), path, {})
+        job.table.refine([(widths, path)])
 
 
 def narrowest(job: Job, state: State, scores: Scores, folder: Path) -> Attempt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from toolkit.devices import Device
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
-from toolkit.latency import LatencyModel, choose_probe_widths, measure_model, solve
+from toolkit.latency import ModelTable, VariantMaker, choose_probe_widths, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
 from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest
@@ -29,6 +30,7 @@ from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
+DENSE_INFERENCES, MEASURING_S = 2400, (60.0, 180.0)
 MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
@@ -171,11 +173,31 @@ def allocatable(
     return free, held
 
 
-def latency_model(
+def latency_table(
     target: Target, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress
-) -> LatencyModel:
-    """Measure, or load from the cache, the latency model of this program on this device."""
+) -> ModelTable:
+    """Measure, or load from the cache, the latency table of this program on this device."""
     progress("width variants", 0, 1)
+    maker = variant_maker(program, candidates, seed, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        extra = dropped_networks(program, candidates, Path(folder), seed)
+        progress("width variants", 1, 1)
+        table = ModelTable(
+            target.profile, target.fingerprint, target.device, maker, candidates, profiles.table_dir(target.fingerprint), seed
+        )
+        seconds = measuring_seconds(dense_ns)
+        step = "measuring networks" if table.known() else f"measuring networks, about {math.ceil(seconds / 10) * 10} s"
+        table.measure(seconds=seconds, extra=extra, progress=lambda _, done, total: progress(step, done, total))
+    return table
+
+
+def measuring_seconds(dense_ns: float) -> float:
+    """How long to measure a network of this latency: what `DENSE_INFERENCES` take, within limits."""
+    return float(np.clip(DENSE_INFERENCES * dense_ns / 1e9, *MEASURING_S))
+
+
+def variant_maker(program: Program, candidates: Mapping[str, Sequence[int]], seed: int, progress: Progress) -> VariantMaker:
+    """The maker of this program's width variants, solved from real exports and checked against one more."""
     free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
     forms = [folded(f, free) for f in program.forms()]
     forms = sorted({f for f in forms if f.terms}, key=lambda f: (f.terms, f.const))
@@ -185,22 +207,7 @@ def latency_model(
     for i, widths in enumerate(probes):
         progress("width variants", i + 1, len(probes) + 2)
         exports.append((widths, to_onnx(floor_state(program, widths).program)))
-    maker = solve(exports[:-1], forms, exports[-1])
-    with tempfile.TemporaryDirectory() as folder:
-        extra = dropped_networks(program, candidates, Path(folder), seed)
-        progress("width variants", 1, 1)
-        return measure_model(
-            target.profile,
-            target.fingerprint,
-            target.device,
-            maker,
-            candidates,
-            profiles.table_dir(target.fingerprint),
-            seconds=float(np.clip(60 * 40 * dense_ns / 1e9, 45, 150)),
-            seed=seed,
-            progress=progress,
-            extra=extra,
-        )
+    return solve(exports[:-1], forms, exports[-1])
 
 
 def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:

@@ -1,0 +1,90 @@
+"""Timing one network beside two others that stay loaded: the anchor and the reference.
+
+The anchor is a variant of the same model. What else runs on a machine slows down a network by how much it needs of caches and
+memory, which the small reference hardly feels, but a variant of the same model feels alike: latencies are ratios to it. The
+reference, the same for all models, then gives the anchor's own level over the whole session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.backends import random_feeds
+from toolkit.bench.reference import reference_path
+from toolkit.bench.timing import Visit, time_burst, visit
+from toolkit.devices import Device
+from toolkit.errors import TableError
+from toolkit.latency.sites import Site, SiteTime, attribute, undisturbed
+from toolkit.latency.table import NetworkSample
+from toolkit.schema import Profile
+
+NETWORK_SHARE = 0.5  # lowest share of a network's times that its mean is taken of: other work on the machine only adds
+MIN_ROUNDS, MAX_ROUNDS = 4, 40
+MIN_RUNS, MAX_RUNS = 8, 200
+PROFILED_SHARE = 0.25  # of a network's time that goes to the profiled pass
+
+Times = NDArray[np.int64]
+
+
+class Timer:
+    """Opens the reference and the anchor, then measures one network after another."""
+
+    def __init__(self, profile: Profile, device: Device, folder: Path, anchor: Path) -> None:
+        self._profile, self._backend, self.clock = profile, device.backend(profile.runtime), device.clock_ns
+        self._reference = self._visit(reference_path(folder), "fp32")
+        self._anchor = self._visit(anchor, profile.precision)
+
+    def now_s(self) -> float:
+        """The device's clock."""
+        return self.clock() / 1e9
+
+    def measure(
+        self, path: Path, role: str, widths: Mapping[str, int], sites: Sequence[Site], allowance_s: float
+    ) -> NetworkSample:
+        """Both passes over one network within about `allowance_s`; no profile where `sites` is empty."""
+        end = self.now_s() + allowance_s
+        own = self._visit(path, self._profile.precision)
+        times: list[SiteTime] = []
+        lost = 0.0
+        if sites:
+            one_s = max(1, int(np.median(time_burst(own.call, 2, self.clock)))) / 1e9
+            runs = int(np.clip(allowance_s * PROFILED_SHARE / one_s, MIN_RUNS, MAX_RUNS))
+            kernels = self._backend.profile(path, threads=self._profile.threads, precision=self._profile.precision, runs=runs)
+            times, lost = attribute(kernels, sites)
+        taken: dict[str, list[Times]] = {"reference": [self._take(self._reference)], "anchor": [], "own": []}
+        while len(taken["own"]) < MIN_ROUNDS or (self.now_s() < end and len(taken["own"]) < MAX_ROUNDS):
+            turns = ("anchor", "own") if len(taken["own"]) % 2 else ("own", "anchor")
+            for name in turns:
+                taken[name].append(self._take(own if name == "own" else self._anchor))
+        level = {name: undisturbed(np.concatenate(samples), NETWORK_SHARE) for name, samples in taken.items()}
+        return NetworkSample(
+            widths=dict(widths),
+            role=role,
+            ratio=level["own"] / level["anchor"],
+            anchor_ns=level["anchor"],
+            reference_ns=level["reference"],
+            sites=tuple((t.site, t.latency_ns, t.kernels) for t in times),
+            lost_ns=lost,
+        )
+
+    def _take(self, what: Visit) -> Times:
+        for _ in range(what.lead):
+            what.call()
+        return time_burst(what.call, what.burst, self.clock)
+
+    def _visit(self, path: Path, precision: str) -> Visit:
+        call = self._call(path, precision)
+        time_burst(call, 2, self.clock)
+        return visit(call, float(np.median(time_burst(call, 3, self.clock))))
+
+    def _call(self, path: Path, precision: str) -> Callable[[], object]:
+        session = self._backend.open(path, threads=self._profile.threads, precision=precision)
+        feeds = random_feeds(session.inputs, 0)
+        for output in session.run(feeds):
+            if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
+                raise TableError(f"The network {path.name} computes values that are not finite.", "Check the model's weights.")
+        return session.prepare(feeds)
