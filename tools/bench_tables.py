@@ -112,7 +112,9 @@ class Bench:
             losses[name] = {width: weight * (1 - width / self.dense[name]) ** 2 for width in options if width}
         positive = {name: [width for width in options if width] for name, options in self.candidates.items()}
         budget = self.rng.uniform(*BUDGETS) * self.table.model.predict(self.dense)
-        return allocate(self.program.groups, positive, losses, self.table.model.costs(), self.table.model.overhead_ns, budget, time_limit_s=8.0).widths
+        model = self.table.model
+        found = allocate(self.program.groups, positive, losses, model.costs(), model.overhead_ns, budget, time_limit_s=8.0)
+        return found.widths
 
     def open(self, widths: Widths, name: str = "net") -> Visit:
         path = self.maker.write(widths, self.folder, f"{name}.onnx")

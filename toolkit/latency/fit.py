@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from toolkit.latency.alignment import Alignment, Observations, evidence, probe_alignment
 from toolkit.latency.formula import Floats, fit_formula
@@ -97,15 +96,15 @@ def observe(networks: Sequence[NetworkSample], sites: Sequence[Site], samples: S
 
 
 def _intercept(end_to_end: Floats, summed: Floats) -> float:
-    """c of S = g (E + c), by Theil and Sen's line through S / E over 1 / E: g scatters relatively. 0 where networks are too alike
-    to tell.
+    """c of S = g (E + c), by Theil and Sen's line through S / E over 1 / E, since g scatters relatively: as near to nothing as
+    the middle half of its distribution allows. 0 where networks are too alike to tell.
     """
     from scipy.stats import theilslopes
 
     if float(np.ptp(end_to_end)) <= 0.2 * float(np.median(end_to_end)):
         return 0.0
-    slope, rest, *_ = theilslopes(summed / end_to_end, 1 / end_to_end)
-    return float(slope) / float(rest) if rest > 0 else 0.0
+    _, rest, low, high = theilslopes(summed / end_to_end, 1 / end_to_end, alpha=0.5)
+    return float(np.clip(0.0, low, high)) / float(rest) if rest > 0 else 0.0
 
 
 def _columns(entries: Sequence[Entry]) -> Observations:
