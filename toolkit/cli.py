@@ -229,8 +229,12 @@ def options(*chosen: Callable[[Any], Any]) -> Callable[[Any], Any]:
 profile_option = click.option(
     "-p", "--profile", default="local-onnxruntime", show_default=True, help="Hardware profile: an id or a folder."
 )
-threads_option = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the runtime.")
-precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), default=0, show_default="the profile's", help="Threads of the runtime."
+)
+precision_option = click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8"]), default="fp32", show_default=True
+)
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
@@ -370,7 +374,7 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
     finish(report, as_json)
 
 
-@cli.command(cls=Command, example="edgekit measure resnet18 -p local-onnxruntime")
+@cli.command(cls=Command, example="edgekit measure resnet18 -p local-onnxruntime -o my_board")
 @click.argument("model")
 @weights_option
 @profile_option
@@ -378,23 +382,34 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
 @threads_option
 @precision_option
 @seed_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a measured profile: a folder that -p takes elsewhere.")
 @json_option
-def measure(model: str, profile: str, weights: str, threads: int, precision: str, seed: int, as_json: bool, **given: Any) -> None:
-    """Measure the latency table of MODEL, as `run` does when needed."""
+def measure(
+    model: str, profile: str, weights: str, threads: int, precision: str, seed: int, out: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Measure the latency table of MODEL, as `run` does when needed.
+
+    It says first how long it takes; interrupted, it goes on where it stopped. The table is kept in the cache and shared by all
+    models that run the same kernels. The profile's batch size and threads are what is measured.
+    """
     preprocess = preprocess_of(given)
     from toolkit import run as job
+    from toolkit.report import terminal
     from toolkit.schema import to_json
 
     with progress() as shown:
-        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown)  # type: ignore[arg-type]
+        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown, out)  # type: ignore[arg-type]
     if as_json:
         click.echo(to_json(table), nl=False)
-    else:
-        held = table.held_out
-        click.echo(
-            f"table {table.id}: {table.rows} rows, coverage {table.coverage:.1%}, error {held.mape:.1%} (bias {held.bias:+.1%})"
-            f" on {held.networks} networks it was not fitted to"
-        )
+        return
+    held = table.held_out
+    click.echo(
+        f"table {table.id}: {table.rows} rows, coverage {table.coverage:.1%}, error {held.mape:.1%} (bias {held.bias:+.1%})"
+        f" on {held.networks} networks it was not fitted to"
+    )
+    for found in table.alignments:
+        click.echo(f"  {found.kind}: {terminal.alignment(found)}")
+    click.echo(f"  {table.path}")
 
 
 def parse_seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float:

@@ -46,6 +46,16 @@ def load(id_or_path: str) -> Profile:
     return _checked(load_json(Profile, path), str(path))
 
 
+def shipped_table(id_or_path: str) -> Path | None:
+    """The folder of the latency table that comes with a profile, None where it has none."""
+    if id_or_path in _known():
+        folder = Path(str(resources.files("hw_profiles").joinpath(id_or_path)))
+    else:
+        path = Path(id_or_path)
+        folder = path if path.is_dir() else path.parent
+    return folder / "table" if (folder / "table" / "header.json").is_file() else None
+
+
 def fingerprint(profile: Profile, runtime_version: str) -> Fingerprint:
     """What latencies measured under `profile` on this machine are a property of.
 

@@ -71,7 +71,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     repair: bool = True
     samples: int = 512
     seed: int = 0
-    threads: int = 1
+    threads: int = 0  # 0: the profile's
     precision: Precision = "fp32"
     keep: tuple[str, ...] = ()
     min_width: int = 1
@@ -282,6 +282,8 @@ class TableSummary(Record, frozen=True, kw_only=True):
     rows: int
     coverage: float  # share of the dense latency whose kernels have rows
     held_out: HeldOut
+    alignments: tuple[AlignmentEvidence, ...] = ()
+    path: str = ""  # folder it is kept in
 
 
 # --- effects -> plan ------------------------------------------------------------------------------------------------

@@ -19,13 +19,15 @@ OPSET = 20
 EXTERNAL_BYTES = int(1.8e9)  # protobuf ends at 2 GiB
 
 
-def to_onnx(program: Program, opset: int = OPSET) -> Any:
-    """The program as an `onnx.ModelProto` with batch 1, simplified by onnxsim where that removes nodes.
+def to_onnx(program: Program, batch: int = 1, opset: int = OPSET) -> Any:
+    """The program as an `onnx.ModelProto` with this batch size, simplified by onnxsim where that removes nodes.
 
     Raises:
-        ModelError: the exporter refuses an operator, or wrote another opset than asked.
+        ModelError: a batch size that the model does not run; the exporter refuses an operator, or wrote another opset than asked.
     """
-    example = program.example[:1]
+    if program.batch is not None and batch != program.batch:
+        raise ModelError(f"This model runs batches of {program.batch} only, not of {batch}.", "Choose a profile with that batch.")
+    example = program.example[:1].repeat(batch, *([1] * (program.example.dim() - 1)))
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from toolkit.latency.measure import ModelTable
 from toolkit.latency.predict import LatencyModel, PlaceCost
 from toolkit.latency.sites import Site
+from toolkit.latency.table import adopt_table, share_table
 from toolkit.latency.variants import VariantMaker, ambiguous_forms, choose_probe_widths, solve
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "PlaceCost",
     "Site",
     "VariantMaker",
+    "adopt_table",
     "ambiguous_forms",
     "choose_probe_widths",
+    "share_table",
     "solve",
 ]

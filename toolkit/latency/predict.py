@@ -119,9 +119,11 @@ class LatencyModel:
         """The sites as an allocation takes them."""
         return tuple(PlaceCost(site.name, site.c_in, site.c_out, partial(self.site_cost, site)) for site in self.sites)
 
-    def summary(self) -> TableSummary:
+    def summary(self, path: str = "") -> TableSummary:
         """What a report says of the table behind this model."""
-        return TableSummary(id=self.table_id, rows=self.rows, coverage=self.coverage, held_out=self.held_out)
+        return TableSummary(
+            id=self.table_id, rows=self.rows, coverage=self.coverage, held_out=self.held_out, alignments=self.evidence, path=path
+        )
 
 
 @dataclass(frozen=True)

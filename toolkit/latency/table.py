@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -186,33 +187,72 @@ def load_table(folder: Path, fingerprint: Fingerprint) -> tuple[TableHeader, lis
 def merge_table(
     folder: Path, label: str, samples: SampleSet, rows: Sequence[TableRow], alignments: Sequence[AlignmentEvidence]
 ) -> None:
-    """Add a model's rows to the fingerprint's table; a pair measured before is averaged by the number of networks.
+    """Add a model's rows to the fingerprint's table; a pair measured before is averaged by the number of networks."""
+    added = TableHeader(
+        fingerprint=samples.fingerprint,
+        reference_ns=samples.reference_ns,
+        created_at=samples.created_at,
+        rows="",
+        rows_sha256="",
+        models={label: len(samples.networks)},
+        alignments=tuple(alignments),
+    )
+    _merge(folder, added, rows)
 
-    The new rows are whole on disk before the header names them, so that there is a table at any moment.
+
+def share_table(folder: Path, out: Path, fingerprint: Fingerprint) -> None:
+    """Copy a fingerprint's table, without what was measured of plans, to where another machine can take it from."""
+    header, rows = load_table(folder, fingerprint)
+    shutil.rmtree(out, ignore_errors=True)
+    _merge(out, header, rows)
+    for path in sorted(folder.glob(f"*/{SAMPLES}")):
+        samples = load_samples(path.parent, fingerprint)
+        first = tuple(network for network in samples.networks if network.role != "plan")
+        save_samples(out / path.parent.name, msgspec.structs.replace(samples, networks=first))
+
+
+def adopt_table(source: Path, folder: Path, fingerprint: Fingerprint) -> None:
+    """Take what a table measured elsewhere has and this one has not.
+
+    Raises:
+        TableError: the table is damaged, or of another fingerprint.
+    """
+    found = from_json(TableHeader, (source / HEADER).read_bytes(), str(source / HEADER)).fingerprint
+    if found != fingerprint:
+        raise TableError(
+            f"The table of {source.parent} was measured elsewhere: {_differing(found, fingerprint)}.",
+            f"Run: edgekit measure MODEL -p local-{fingerprint.runtime}, for a table of this device.",
+        )
+    header, rows = load_table(source, fingerprint)
+    for path in sorted(source.glob(f"*/{SAMPLES}")):
+        if not (folder / path.parent.name / SAMPLES).exists():
+            save_samples(folder / path.parent.name, load_samples(path.parent, fingerprint))
+    known = load_table(folder, fingerprint)[0].models if (folder / HEADER).exists() else {}
+    if not header.models.keys() <= known.keys():
+        _merge(folder, header, rows)
+
+
+def _merge(folder: Path, added: TableHeader, rows: Sequence[TableRow]) -> None:
+    """Add rows to a table, which may not exist. The new rows are whole on disk before the header names them, so that there is a
+    table at any moment.
     """
     kept: list[TableRow] = []
-    known: dict[str, AlignmentEvidence] = {}
-    models = {label: len(samples.networks)}
-    reference, created = samples.reference_ns, samples.created_at
+    header = added
     if (folder / HEADER).exists():
-        header, kept = load_table(folder, samples.fingerprint)
-        models = header.models | models
-        known = {found.kind: found for found in header.alignments}
-        reference, created = header.reference_ns, header.created_at
+        header, kept = load_table(folder, added.fingerprint)
     merged = {(row.key, row.c_in, row.c_out): row for row in kept}
     for row in rows:
         place = row.key, row.c_in, row.c_out
-        merged[place] = _average(merged.get(place), row, reference)
+        merged[place] = _average(merged.get(place), row, header.reference_ns)
     text = rows_to_csv(TableRow, (merged[place] for place in sorted(merged)))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    header = TableHeader(
-        fingerprint=samples.fingerprint,
-        reference_ns=reference,
-        created_at=created,
+    steps = {found.kind: found for found in (*header.alignments, *added.alignments)}
+    header = msgspec.structs.replace(
+        header,
         rows=f"rows-{digest[:8]}.csv",
         rows_sha256=digest,
-        models=models,
-        alignments=tuple((known | {found.kind: found for found in alignments}).values()),
+        models=header.models | added.models,
+        alignments=tuple(steps.values()),
     )
     write_text(folder / header.rows, text)
     write_text(folder / HEADER, to_json(header))
@@ -238,10 +278,13 @@ def _digest(samples: SampleSet) -> str:
 
 def _same_fingerprint(path: Path, found: Fingerprint, wanted: Fingerprint) -> None:
     if found != wanted:
-        fields: Iterable[str] = (f for f in Fingerprint.__struct_fields__ if getattr(found, f) != getattr(wanted, f))
-        differing = ", ".join(f"{field} {getattr(found, field)!r} instead of {getattr(wanted, field)!r}" for field in fields)
-        message = f"The latency table {path} belongs to another fingerprint: {differing}."
+        message = f"The latency table {path} belongs to another fingerprint: {_differing(found, wanted)}."
         raise TableError(message, _repair(wanted, *path.parent.glob(HEADER), path))
+
+
+def _differing(found: Fingerprint, wanted: Fingerprint) -> str:
+    fields: Iterable[str] = (f for f in Fingerprint.__struct_fields__ if getattr(found, f) != getattr(wanted, f))
+    return ", ".join(f"{field} {getattr(found, field)!r} instead of {getattr(wanted, field)!r}" for field in fields)
 
 
 def _repair(fingerprint: Fingerprint, *paths: Path) -> str:

@@ -17,7 +17,7 @@ from toolkit.backends import random_feeds
 from toolkit.bench.reference import reference_path
 from toolkit.bench.timing import Visit, time_burst, visit
 from toolkit.devices import Device
-from toolkit.errors import TableError
+from toolkit.errors import MissingError, TableError
 from toolkit.latency.sites import Site, SiteTime, attribute, undisturbed
 from toolkit.latency.table import NetworkSample
 from toolkit.schema import Profile
@@ -37,6 +37,7 @@ class Timer:
         self._profile, self._backend, self.clock = profile, device.backend(profile.runtime), device.clock_ns
         self._reference = self._visit(reference_path(folder), "fp32")
         self._anchor = self._visit(anchor, profile.precision)
+        self._require_precision(anchor)
 
     def now_s(self) -> float:
         """The device's clock."""
@@ -70,6 +71,15 @@ class Timer:
             sites=tuple((t.site, t.latency_ns, t.kernels) for t in times),
             lost_ns=lost,
         )
+
+    def _require_precision(self, path: Path) -> None:
+        """MissingError where the device runs something else than the profile says."""
+        wanted = self._profile.precision
+        session = self._backend.open(path, threads=self._profile.threads, precision=wanted)
+        executed, source = session.executed_precision()
+        if wanted not in executed.split("+"):
+            message = f"{self._profile.runtime} runs this model in {executed}, not in {wanted} ({source})."
+            raise MissingError(message, f"This device has no {wanted}; measure with --precision {executed.split('+')[0]}.")
 
     def _take(self, what: Visit) -> Times:
         for _ in range(what.lead):

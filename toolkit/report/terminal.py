@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.report import units
-from toolkit.schema import Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report
+from toolkit.schema import AlignmentEvidence, Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -293,3 +293,13 @@ def _difference(found: KernelDifference) -> Table:
         )
         table.add_row(f"{len(rest)} others", units.duration(before), units.duration(after), "", "")
     return table
+
+
+def alignment(found: AlignmentEvidence) -> str:
+    """How a runtime treats the channels of an operator family, in words."""
+    said = [f"channels padded to {found.step_in} in and {found.step_out} out"]
+    if found.block or found.block_out:
+        said.append(f"other kernels below {found.block} in or {found.block_out} out")
+    if found.multiple > 1 or found.multiple_out > 1:
+        said.append(f"other layouts where not a multiple of {found.multiple} in or {found.multiple_out} out")
+    return f"{'; '.join(said)} (left-out error {found.error:.1%}, {found.error_without:.1%} without)"

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import os
 import platform
+import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -18,8 +20,9 @@ import msgspec
 from toolkit import bench as benches
 from toolkit import report as reports
 from toolkit.errors import UsageError
-from toolkit.export import export_artefacts, save_program, save_weights, sha256
+from toolkit.export import export_artefacts, save_onnx, save_program, save_weights, sha256, to_onnx
 from toolkit.graph import unprunable
+from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
 from toolkit.run import loop
@@ -387,7 +390,7 @@ def command_of(request: RunRequest) -> str:
         ("--method", request.method, "causal"),
         ("--samples", request.samples, 512),
         ("--seed", request.seed, 0),
-        ("--threads", request.threads, 1),
+        ("--threads", request.threads, 0),
         ("--min-width", request.min_width, 1),
         ("--rounds", request.rounds, 0),
     ):
@@ -470,20 +473,37 @@ def measure(
     precision: Precision,
     seed: int,
     progress: Progress,
+    out: Path | None = None,
 ) -> TableSummary:
-    """Fill the latency table that a model needs on a device."""
-    import tempfile
+    """Fill the latency table that a model needs on a device; into `out` a profile with the device's table in it.
 
-    from toolkit.export import save_onnx, to_onnx
-
-    target = open_target(profile_id, threads, precision)
+    Raises:
+        EdgekitError: with what was wrong and what to run next.
+    """
+    target = open_target(profile_id, threads, precision, measuring=True)
+    if out is not None and out.exists() and any(out.iterdir()) and not (out / "profile.json").exists():
+        raise UsageError(f"{out} is not empty and no profile.", "Give -o a new folder.")
     traced = load_and_trace(model, weights, preprocess, seed)
     candidates, _ = allocatable(traced.program)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dense.onnx"
-        save_onnx(to_onnx(traced.program), path, {})
+        save_onnx(to_onnx(traced.program, target.profile.batch), path, {})
         dense = benches.measure(target.profile, path, time_limit_s=30.0)
-    return latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress).model.summary()
+    table = latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress)
+    summary = table.model.summary(str(table.folder))
+    if out is not None:
+        share_table(table.folder, out / "table", target.fingerprint)
+        profile = msgspec.structs.replace(
+            target.profile, id=profile_name(out), description=f"{target.fingerprint.device}, measured"
+        )
+        save_json(out / "profile.json", profile)
+        summary = msgspec.structs.replace(summary, path=str(out))
+    return summary
+
+
+def profile_name(folder: Path) -> str:
+    """A profile id from a folder's name."""
+    return "-".join(re.findall("[a-z0-9]+", folder.resolve().name.lower())) or "measured"
 
 
 def export(

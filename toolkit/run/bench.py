@@ -19,7 +19,7 @@ def bench(
     profile_id: str,
     progress: Progress,
     *,
-    threads: int = 1,
+    threads: int = 0,
     statistic: Statistic = "median",
     sustained_s: float = 0.0,
     with_startup: bool = True,

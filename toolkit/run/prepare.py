@@ -22,7 +22,7 @@ from toolkit.devices import Device
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
-from toolkit.latency import ModelTable, VariantMaker, choose_probe_widths, solve
+from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
 from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest
@@ -53,22 +53,33 @@ class Target:
         return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
 
 
-def open_target(profile_id: str, threads: int, precision: Precision) -> Target:
-    """The profile with the request's threads and precision.
+def open_target(profile_id: str, threads: int, precision: Precision, *, measuring: bool = False) -> Target:
+    """The profile with the request's threads (0: its own) and precision. A table that comes with it goes into the cache.
+
+    `measuring`: a table may be measured for what `run` cannot make yet.
 
     Raises:
-        UsageError: unknown profile, more threads than cores, or a precision that pruning cannot target yet.
+        UsageError: unknown profile, more threads than cores, or a precision or batch that pruning cannot target yet.
         MissingError: its runtime is not installed.
+        TableError: the profile's own table is of another device.
     """
-    profile = msgspec.structs.replace(profiles.load(profile_id), threads=threads, precision=precision)
-    if precision != "fp32":
+    profile = profiles.load(profile_id)
+    profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
+    if precision != "fp32" and not (measuring and precision == "bf16" and profile.runtime == "openvino"):
         raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
+    if profile.batch != 1 and not measuring:
+        message = f"Profile {profile.id} has batch {profile.batch}, which this version can only measure."
+        raise UsageError(message, f"Run: edgekit measure MODEL -p {profile_id}, or use a profile with batch 1.")
     device = devices.open(profile)
     cores = device.facts().cores
-    if threads > cores:
-        raise UsageError(f"--threads {threads} is more than the {cores} cores here.", f"Run it again with --threads {cores}.")
+    if profile.threads > cores:
+        message = f"--threads {profile.threads} is more than the {cores} cores here."
+        raise UsageError(message, f"Run it again with --threads {cores}.")
     backend = device.backend(profile.runtime)
-    return Target(profile, device, backend, profiles.fingerprint(profile, backend.version()))
+    target = Target(profile, device, backend, profiles.fingerprint(profile, backend.version()))
+    if shipped := profiles.shipped_table(profile_id):
+        adopt_table(shipped, profiles.table_dir(target.fingerprint), target.fingerprint)
+    return target
 
 
 @dataclass(frozen=True)
@@ -178,9 +189,10 @@ def latency_table(
 ) -> ModelTable:
     """Measure, or load from the cache, the latency table of this program on this device."""
     progress("width variants", 0, 1)
-    maker = variant_maker(program, candidates, seed, progress)
+    batch = target.profile.batch
+    maker = variant_maker(program, candidates, seed, progress, batch)
     with tempfile.TemporaryDirectory() as folder:
-        extra = dropped_networks(program, candidates, Path(folder), seed)
+        extra = dropped_networks(program, candidates, Path(folder), seed, batch)
         progress("width variants", 1, 1)
         table = ModelTable(
             target.profile, target.fingerprint, target.device, maker, candidates, profiles.table_dir(target.fingerprint), seed
@@ -196,17 +208,19 @@ def measuring_seconds(dense_ns: float) -> float:
     return float(np.clip(DENSE_INFERENCES * dense_ns / 1e9, *MEASURING_S))
 
 
-def variant_maker(program: Program, candidates: Mapping[str, Sequence[int]], seed: int, progress: Progress) -> VariantMaker:
+def variant_maker(
+    program: Program, candidates: Mapping[str, Sequence[int]], seed: int, progress: Progress, batch: int = 1
+) -> VariantMaker:
     """The maker of this program's width variants, solved from real exports and checked against one more."""
     free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
     forms = [folded(f, free) for f in program.forms()]
     forms = sorted({f for f in forms if f.terms}, key=lambda f: (f.terms, f.const))
     dense_widths = {g.name: g.width for g in program.groups}
     probes = choose_probe_widths(free, forms, seed)
-    exports = [(dense_widths, to_onnx(program))]
+    exports = [(dense_widths, to_onnx(program, batch))]
     for i, widths in enumerate(probes):
         progress("width variants", i + 1, len(probes) + 2)
-        exports.append((widths, to_onnx(floor_state(program, widths).program)))
+        exports.append((widths, to_onnx(floor_state(program, widths).program, batch)))
     return solve(exports[:-1], forms, exports[-1])
 
 
@@ -218,7 +232,7 @@ def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:
 
 
 def dropped_networks(
-    program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int
+    program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int, batch: int = 1
 ) -> list[tuple[dict[str, int], Path]]:
     """Real exports with random branches dropped, which variants cannot be: they anchor what dropping saves."""
     droppable = [name for name, widths in candidates.items() if 0 in widths]
@@ -229,6 +243,6 @@ def dropped_networks(
         widths |= {name: rng.choice([w for w in options if w > 0]) for name, options in candidates.items()}
         widths |= dict.fromkeys(rng.sample(droppable, max(1, len(droppable) * (i + 1) // (EXTRA_NETWORKS + 1))), 0)
         path = folder / f"dropped{i}.onnx"
-        save_onnx(to_onnx(floor_state(program, widths).program), path, {})
+        save_onnx(to_onnx(floor_state(program, widths).program, batch), path, {})
         found.append((widths, path))
     return found
