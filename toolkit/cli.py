@@ -550,7 +550,7 @@ def report(folder: Path, as_json: bool) -> None:
 @click.argument("profile", required=False)
 @json_option
 def profiles(profile: str | None, as_json: bool) -> None:
-    """List the hardware profiles, or show one."""
+    """List the hardware profiles, or show one with its latency table."""
     import msgspec
 
     from toolkit import profiles as known
@@ -561,6 +561,12 @@ def profiles(profile: str | None, as_json: bool) -> None:
         return
     for each in found:
         click.echo(f"{each.id:<20} {each.device:<8} {each.runtime:<12} {each.format:<9} {each.description}")
+    if profile:
+        from toolkit.report import terminal
+        from toolkit.run.prepare import measured_table
+
+        for line in terminal.table(profile, *measured_table(profile)):
+            click.echo(line)
 
 
 @cli.command(cls=Command, example="edgekit doctor")

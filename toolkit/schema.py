@@ -157,6 +157,7 @@ class Law(Record, frozen=True, kw_only=True):
     tiles: int = 0
     tile_pixels: int = 1
     grouped_rate: float = 1.0  # share of the rate that grouped and depthwise convolutions get
+    opaque: bool = False  # the runtime's profile shows one kernel for all
 
 
 class Drift(Record, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from toolkit.latency.measure import ModelTable
 from toolkit.latency.predict import LatencyModel, PlaceCost
 from toolkit.latency.sites import Site
-from toolkit.latency.table import adopt_table, share_table
+from toolkit.latency.table import adopt_table, load_table, share_table
 from toolkit.latency.variants import VariantMaker, ambiguous_forms, choose_probe_widths, solve
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "adopt_table",
     "ambiguous_forms",
     "choose_probe_widths",
+    "load_table",
     "share_table",
     "solve",
 ]

@@ -69,13 +69,13 @@ class Observations:
 
 
 def probe_alignment(keys: Sequence[Observations]) -> Alignment:
-    """The alignment whose formulas predict left-out channel pairs best: a plain block size first, then field by field."""
+    """The alignment whose formulas predict left-out channel pairs best: steps first, then field by field."""
     best, error = Alignment(), alignment_error(keys, Alignment())
-    for step in STEPS[1:]:
-        for plain in (Alignment(step, step), Alignment(step, step, step), Alignment(step, step, step, step)):
-            found = alignment_error(keys, plain)
-            if found < error * WORTH:
-                best, error = plain, found
+    plain = [Alignment(step_in, step_out) for step_in in STEPS for step_out in STEPS]
+    for tried in [*plain[1:], *(Alignment(step, step, step) for step in STEPS[1:])]:
+        found = alignment_error(keys, tried)
+        if found < error * WORTH:
+            best, error = tried, found
     choices = {
         "block": BLOCKS, "step_out": STEPS, "step_in": STEPS,
         "multiple": MULTIPLES, "multiple_out": MULTIPLES, "block_out": BLOCKS,

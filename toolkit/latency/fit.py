@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from toolkit.latency.alignment import Alignment, Observations, evidence, probe_alignment
 from toolkit.latency.formula import Floats, fit_formula
-from toolkit.latency.level import calibrate
+from toolkit.latency.level import DENSE_WEIGHT, calibrate
 from toolkit.latency.predict import UNJUDGED, KernelFit, LatencyModel
 from toolkit.latency.residual import fit_residual
 from toolkit.latency.sites import Site
 from toolkit.latency.table import Entry, NetworkSample, SampleSet
 from toolkit.schema import HeldOut
 
+Place = tuple[str, int, int]  # kernel key, channels in, channels out
+Span = tuple[list[Place], float, str]  # places, nanoseconds they took together, kernels executed
+
+RIDGE = 1e-3
 CLOCK_NS = 1000.0  # resolution of the runtimes' profilers
 MIN_SAMPLES = 6  # of a regime for a formula of its own
 MOST_OVERHEAD = 0.5  # of the fastest network's latency that may be beside its kernels
@@ -76,23 +80,60 @@ def observe(networks: Sequence[NetworkSample], sites: Sequence[Site], samples: S
     rows: dict[str, list[Entry]] = {}
     for row in samples.borrowed:
         rows.setdefault(row.key, []).append((row.c_in, row.c_out, row.ratio * samples.reference_ns, row.kernels))
-    profiled = [network for network in networks if network.sites]
+    profiled = [network for network in networks if network.spans]
     if not profiled:
         return rows, 0.0
     end_to_end = np.array([samples.latency_ns(network) for network in profiled])
-    total = np.array([sum(latency for _, latency, _ in network.sites) + network.lost_ns for network in profiled])
+    total = np.array([sum(latency for _, latency, _ in network.spans) + network.lost_ns for network in profiled])
     level = samples.anchor_ns / np.array([network.anchor_ns for network in profiled])
-    count = np.array([sum(len(kernels.split()) for *_, kernels in network.sites) for network in profiled])
+    count = np.array([sum(len(kernels.split()) for *_, kernels in network.spans) for network in profiled])
     rest = _intercept(end_to_end, total * level)
     added = max(0.0, rest) / max(float(np.median(count)), 1.0)
     overhead = min(max(0.0, -rest), MOST_OVERHEAD * float(end_to_end.min()))
-    for network, factor in zip(profiled, (end_to_end - overhead + added * count) / total, strict=True):
-        for index, latency, kernels in network.sites:
-            site = sites[index]
-            known = max(latency * factor - added * len(kernels.split()), LEAST_SHARE * latency * factor)
-            entry = site.c_in.at(network.widths), site.c_out.at(network.widths), known, kernels
-            rows.setdefault(site.key, []).append(entry)
+    spans: list[Span] = []
+    factors = (end_to_end - overhead + added * count) / total
+    dense = max(range(len(profiled)), key=lambda index: sum(profiled[index].widths.values()))
+    for index in [*range(len(profiled)), *[dense] * (DENSE_WEIGHT - 1)]:
+        network, factor = profiled[index], factors[index]
+        for indices, latency, kernels in network.spans:
+            known = float(max(latency * factor - added * len(kernels.split()), LEAST_SHARE * latency * factor))
+            places = [(sites[i].key, sites[i].c_in.at(network.widths), sites[i].c_out.at(network.widths)) for i in indices]
+            spans.append((places, known, kernels))
+    for (key, c_in, c_out), latency, kernels in split(spans):
+        rows.setdefault(key, []).append((c_in, c_out, latency, kernels))
     return rows, overhead
+
+
+def split(spans: Sequence[Span]) -> Iterator[tuple[Place, float, str]]:
+    """Single places with their times. What several took together is shared out as one nonnegative bilinear cost for each kernel,
+    fitted to all spans at once, has it: widths vary independently, so that many networks tell the places apart.
+    """
+    from scipy.optimize import nnls
+
+    joint = any(len(places) > 1 for places, *_ in spans)
+    costs: dict[str, Floats] = {}
+    if joint:
+        keys = sorted({key for places, *_ in spans for key, *_ in places})
+        design = np.zeros((len(spans), 4 * len(keys)))
+        for row, (places, *_) in enumerate(spans):
+            for key, c_in, c_out in places:
+                at = 4 * keys.index(key)
+                design[row, at : at + 4] += (1, c_in, c_out, c_in * c_out)
+        latency = np.array([known for _, known, _ in spans])
+        weight = 1 / np.maximum(latency, CLOCK_NS)
+        size = np.maximum((design * weight[:, None]).max(axis=0), 1e-12)
+        ridge = RIDGE * np.eye(len(size))  # of places that only ever occur together each gets its part
+        solution = nnls(np.vstack([design * weight[:, None] / size, ridge]), np.append(np.ones(len(spans)), np.zeros(len(size))))[
+            0
+        ]
+        costs = dict(zip(keys, (solution / size).reshape(-1, 4), strict=True))
+    for places, known, kernels in spans:
+        if len(places) == 1:
+            yield places[0], known, kernels
+        else:
+            parts = np.array([max(1e-9, costs[key] @ (1, c_in, c_out, c_in * c_out)) for key, c_in, c_out in places])
+            for place, share in zip(places, parts / parts.sum(), strict=True):
+                yield place, known * float(share), kernels
 
 
 def _intercept(end_to_end: Floats, summed: Floats) -> float:

@@ -11,6 +11,7 @@ import msgspec
 from toolkit.devices import Device
 from toolkit.errors import TableError
 from toolkit.latency.fit import fit_model, observe
+from toolkit.latency.level import DENSE_WEIGHT
 from toolkit.latency.predict import LatencyModel
 from toolkit.latency.sampling import NETWORKS, anchor_widths, sample_widths
 from toolkit.latency.sites import Site, find_sites
@@ -137,9 +138,10 @@ class ModelTable:
         end = timer.now_s() + seconds * len(missing) / max(len(wanted), 1) if timer else 0.0
         for position, (role, widths, path) in enumerate(missing):
             assert timer is not None
-            allowance = max(0.0, end - timer.now_s()) / (len(missing) - position)
+            dense = widths == self.maker.widths
+            allowance = max(0.0, end - timer.now_s()) / (len(missing) - position) * (DENSE_WEIGHT if dense else 1)
             file = path or self.maker.write(widths, self.own)
-            network = timer.measure(file, role, widths, self.sites if path is None else (), allowance)
+            network = timer.measure(file, role, widths, allowance, variant=path is None)
             networks.append(network)
             append_partial(self.own, network)
             progress("measuring networks", position + 1, len(missing))
@@ -152,7 +154,7 @@ class ModelTable:
         """The anchor and the reference are opened once."""
         if self._timer is None:
             anchor = self.maker.write(anchor_widths(self.grid), self.own, "anchor.onnx")
-            self._timer = Timer(self.profile, self.device, self.own, anchor)
+            self._timer = Timer(self.profile, self.device, self.own, anchor, self.maker, self.sites)
         return self._timer
 
     def _has(self, networks: Sequence[NetworkSample], item: Wanted) -> bool:
@@ -187,8 +189,8 @@ class ModelTable:
 
 def _coverage(samples: SampleSet) -> float:
     """Share of the profiled time of the widest network that belongs to sites; TableError where it is too little to trust."""
-    widest = max((n for n in samples.networks if n.sites), key=lambda network: sum(network.widths.values()))
-    known = sum(latency for _, latency, _ in widest.sites)
+    widest = max((n for n in samples.networks if n.spans), key=lambda network: sum(network.widths.values()))
+    known = sum(latency for _, latency, _ in widest.spans)
     coverage = known / (known + widest.lost_ns) if known else 0.0
     if coverage < MIN_COVERAGE:
         raise TableError(

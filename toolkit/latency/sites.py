@@ -39,10 +39,10 @@ class Site:
 
 
 @dataclass(frozen=True)
-class SiteTime:
-    """What one site took in one network."""
+class SpanTime:
+    """What some sites took together in one network: one site, but for kernels that stand for several."""
 
-    site: int
+    sites: tuple[int, ...]
     latency_ns: float
     kernels: str  # what was executed, as operator/implementation in alphabetical order
 
@@ -75,19 +75,24 @@ def find_sites(maker: VariantMaker, precision: str) -> tuple[Site, ...]:
     )
 
 
-def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[list[SiteTime], float]:
+def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[list[SpanTime], float]:
     """Add profiled kernels up by site; also the time in ns of kernels that belong to none.
 
-    A kernel belongs to the earliest site among the nodes it stands for that has weights there. A layout change on the way
-    out belongs to the site that made the tensor, one on the way in to the site that reads it.
+    A kernel belongs to the sites whose first nodes it stands for, else to the last whose other nodes it does. A layout change on
+    the way out belongs to the site that made the tensor, one on the way in to the site that reads it. Sites that some kernel
+    does together are one span.
     """
     owner = {name: index for index, site in enumerate(sites) for name in site.nodes}
     heads = {site.name: index for index, site in enumerate(sites)}
+    together = list(range(len(sites)))  # the first site of each one's span
     owners: list[int | None] = []
     for kernel in kernels:
-        fused = [heads[name] for name in kernel.nodes if name in heads]
-        fused = fused or [owner[name] for name in kernel.nodes if name in owner]
-        owners.append(max(fused) if fused else None)
+        fused = sorted({heads[name] for name in kernel.nodes if name in heads})
+        rest = [owner[name] for name in kernel.nodes if name in owner]
+        owners.append(fused[-1] if fused else max(rest, default=None))
+        for other in fused[1:]:
+            first, second = sorted((together[fused[0]], together[other]))
+            together = [first if each == second else each for each in together]
     makers = {name: index for kernel, index in zip(kernels, owners, strict=True) if index is not None for name in kernel.outputs}
     times = np.zeros(len(sites))
     executed: list[list[str]] = [[] for _ in sites]
@@ -100,9 +105,10 @@ def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[l
         if index is None:
             lost += latency
         else:
-            times[index] += latency
-            executed[index].append(f"{kernel.op}/{kernel.implementation}".rstrip("/").replace(" ", "_"))
-    return [SiteTime(i, float(times[i]), " ".join(sorted(executed[i]))) for i in range(len(sites))], lost
+            times[together[index]] += latency
+            executed[together[index]].append(f"{kernel.op}/{kernel.implementation}".rstrip("/").replace(" ", "_"))
+    spans = {first: tuple(i for i, each in enumerate(together) if each == first) for first in dict.fromkeys(together)}
+    return [SpanTime(span, float(times[first]), " ".join(sorted(executed[first]))) for first, span in spans.items()], lost
 
 
 def undisturbed(samples: Any, share: float) -> float:

@@ -49,7 +49,7 @@ class NetworkSample(Record, frozen=True, kw_only=True):
     ratio: float
     anchor_ns: float
     reference_ns: float
-    sites: tuple[tuple[int, float, str], ...] = ()  # (site, profiled ns, kernels executed)
+    spans: tuple[tuple[tuple[int, ...], float, str], ...] = ()  # (sites, profiled ns, kernels executed)
     lost_ns: float = 0.0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.report import units
-from toolkit.schema import AlignmentEvidence, Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report
+from toolkit.schema import AlignmentEvidence, Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report, TableHeader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -303,3 +304,17 @@ def alignment(found: AlignmentEvidence) -> str:
     if found.multiple > 1 or found.multiple_out > 1:
         said.append(f"other layouts where not a multiple of {found.multiple} in or {found.multiple_out} out")
     return f"{'; '.join(said)} (left-out error {found.error:.1%}, {found.error_without:.1%} without)"
+
+
+def table(profile: str, folder: Path, header: TableHeader | None, rows: int) -> list[str]:
+    """What there is of a profile's latency table on this device."""
+    if header is None:
+        return ["latency table: none yet", f"  measure one with: edgekit measure MODEL -p {profile}"]
+    of = header.fingerprint
+    return [
+        f"latency table: {folder}",
+        f"  {of.device}",
+        f"  {of.runtime} {of.runtime_version}, {of.precision}, threads {of.threads}, batch {of.batch}",
+        f"  {rows} rows from {sum(header.models.values())} networks of {len(header.models)} models, first on {header.created_at}",
+        *(f"  {found.kind}: {alignment(found)}" for found in header.alignments),
+    ]

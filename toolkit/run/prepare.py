@@ -22,10 +22,10 @@ from toolkit.devices import Device
 from toolkit.errors import DataError, UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
-from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, solve
+from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, load_table, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
-from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest
+from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
@@ -80,6 +80,16 @@ def open_target(profile_id: str, threads: int, precision: Precision, *, measurin
     if shipped := profiles.shipped_table(profile_id):
         adopt_table(shipped, profiles.table_dir(target.fingerprint), target.fingerprint)
     return target
+
+
+def measured_table(profile_id: str) -> tuple[Path, TableHeader | None, int]:
+    """(folder of the profile's latency table here, its header where something was measured, rows)."""
+    target = open_target(profile_id, 0, "fp32", measuring=True)
+    folder = profiles.table_dir(target.fingerprint)
+    if not (folder / "header.json").exists():
+        return folder, None, 0
+    header, rows = load_table(folder, target.fingerprint)
+    return folder, header, len(rows)
 
 
 @dataclass(frozen=True)
