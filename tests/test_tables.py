@@ -384,7 +384,7 @@ def test_laws_are_recovered_within_one_percent_of_whole_networks(
 def test_a_plan_is_measured_once_and_its_prediction_gets_nearer(maker: VariantMaker, tmp_path: Path) -> None:
     profile = profiles.load("simulated-gpu")
     table = table_of(profile, maker, tmp_path)
-    table.measure(seconds=40.0, networks=24)
+    before_refining = table.measure(seconds=40.0, networks=24)
     plan = {"a": 7, "b": 30, "c": 11, "p": 13}
     steps: list[int] = []
     before = len(load_samples(table.own, table.fingerprint).networks)
@@ -397,7 +397,10 @@ def test_a_plan_is_measured_once_and_its_prediction_gets_nearer(maker: VariantMa
     assert table.model.predict(plan) == pytest.approx(samples.latency_ns(added), rel=0.02)
     again = table_of(profile, maker, tmp_path)
     again.measure(seconds=1.0, networks=24)
-    assert again.model.predict(DENSE) == table.model.predict(DENSE) or again.model.alignments != table.model.alignments
+    assert again.model.predict(plan) == before_refining.predict(plan)  # the same table and the same calls give the same model
+    again.refine([(plan, None)], lambda step, done, total: steps.append(total))
+    assert steps == [1] and again.model.predict(plan) == table.model.predict(plan)
+    assert again.model.table_id == before_refining.table_id == table.model.table_id
 
 
 @pytest.mark.slow

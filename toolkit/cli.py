@@ -19,7 +19,7 @@ import click
 from toolkit.errors import EdgekitError, MissingError, UsageError
 
 if TYPE_CHECKING:
-    from toolkit.schema import Preprocess, Report
+    from toolkit.schema import Preprocess, Profile, Report
 
 Progress = Callable[[str, float, float], None]
 METHODS = ("causal", "taylor", "l1", "l2", "random")
@@ -611,15 +611,16 @@ def examine() -> dict[str, dict[str, str]]:
         except metadata.PackageNotFoundError:
             extra = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "nncf": "nncf"}.get(name, "all")
             versions[name] = f'not installed; python -m pip install "edgekit[{extra}]"'
-    usable = {
-        p.id: "ready"
-        if p.simulation or util.find_spec(p.runtime)
-        else f'runtime missing; python -m pip install "edgekit[{p.runtime}]"'
-        for p in known.list_profiles()
-    }
+    facts = local.facts()
+
+    def usable(profile: Profile) -> str:
+        if not profile.simulation and not util.find_spec(profile.runtime):
+            return f'runtime missing; python -m pip install "edgekit[{profile.runtime}]"'
+        elsewhere = known.measured_on(profile.id)
+        return f"measured on another device: {elsewhere}" if elsewhere not in ("", facts.cpu) else "ready"
+
     cache = known.cache_dir()
     tables = sorted(path.parent.name for path in cache.rglob("header.json")) if cache.exists() else []
-    facts = local.facts()
     machine = {
         "python": platform.python_version(),
         "cpu": facts.cpu,
@@ -629,6 +630,6 @@ def examine() -> dict[str, dict[str, str]]:
     return {
         "packages": versions,
         "machine": machine,
-        "profiles": usable,
+        "profiles": {profile.id: usable(profile) for profile in known.list_profiles()},
         "cache": {"folder": str(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
     }

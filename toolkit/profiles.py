@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from toolkit.errors import UsageError
-from toolkit.schema import Fingerprint, Profile, from_json, load_json
+from toolkit.schema import Fingerprint, Profile, TableHeader, from_json, load_json
 
 # Instruction sets that change which kernels a runtime picks. /proc/cpuinfo calls the list `flags` on x86, `Features` on Arm.
 INSTRUCTION_SETS = (
@@ -54,6 +54,12 @@ def shipped_table(id_or_path: str) -> Path | None:
         path = Path(id_or_path)
         folder = path if path.is_dir() else path.parent
     return folder / "table" if (folder / "table" / "header.json").is_file() else None
+
+
+def measured_on(id_or_path: str) -> str:
+    """The device that the table which comes with a profile was measured on, empty where it has none."""
+    table = shipped_table(id_or_path)
+    return load_json(TableHeader, table / "header.json").fingerprint.device if table else ""
 
 
 def fingerprint(profile: Profile, runtime_version: str) -> Fingerprint:

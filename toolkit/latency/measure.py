@@ -21,6 +21,7 @@ from toolkit.latency.table import (
     NetworkSample,
     SampleSet,
     append_partial,
+    digest,
     identity,
     kernel_rows,
     load_samples,
@@ -61,6 +62,7 @@ class ModelTable:
     def __post_init__(self) -> None:
         self.sites = find_sites(self.maker, self.profile.precision)
         self._timer: Timer | None = None
+        self._plans: list[tuple[str, dict[str, int]]] = []  # measured on demand since `measure`
 
     @property
     def own(self) -> Path:
@@ -103,6 +105,7 @@ class ModelTable:
         wanted: list[Wanted] = [(role, widths, None) for role, widths in plan]
         wanted += [("extra", dict(widths), path) for widths, path in extra]
         samples = self._complete(done, wanted, borrowed, seconds, progress)
+        self._plans = []
         self.model = self._fit(samples, None)
         label = f"{self.own.name} {samples.created_at}"
         if header is None or label not in header.models:
@@ -114,14 +117,18 @@ class ModelTable:
     def refine(self, plans: Sequence[tuple[Mapping[str, int], Path | None]], progress: Progress | None = None) -> LatencyModel:
         """Measure these widths too (those with a dropped branch from an exported file), and fit again with the same steps.
 
-        What is known already is not measured again. Call `measure` first.
+        What was measured before is not measured again, but counts only from here on: the same table and the same calls give the
+        same models. Call `measure` first.
         """
-        samples = load_samples(self.own, self.fingerprint)
         wanted: list[Wanted] = [("plan", dict(widths), path) for widths, path in plans]
-        missing = [item for item in wanted if not self._has(samples.networks, item)]
-        if missing:
+        known = {identity(item[:2]) for item in self._plans}
+        new = [item for item in wanted if identity(item[:2]) not in known]
+        if new:
+            samples = load_samples(self.own, self.fingerprint)
+            missing = [item for item in new if not self._has(samples.networks, item)]
             report = progress or (lambda step, done, total: None)
             samples = self._complete(samples, missing, samples.borrowed, PLAN_S * len(missing), report)
+            self._plans += [(role, widths) for role, widths, _ in new]
             self.model = self._fit(samples, self.model)
         return self.model
 
@@ -178,12 +185,16 @@ class ModelTable:
         return min(count.values(), default=0) >= REUSED_SAMPLES
 
     def _fit(self, samples: SampleSet, before: LatencyModel | None) -> LatencyModel:
-        model = fit_model(samples, self.sites, before.alignments if before else None)
+        """The model of the networks that belong to every run, and of the plans that this one asked for, in its order."""
+        base = samples.of("train", "held_out", "extra")
+        asked = [next(n for n in samples.networks if identity(n) == identity(plan)) for plan in self._plans]
+        seen = msgspec.structs.replace(samples, networks=(*base, *asked))
+        model = fit_model(seen, self.sites, before.alignments if before else None)
         return replace(
             model,
-            coverage=_coverage(samples),
-            table_id=f"{self.fingerprint.id}-{samples.digest[:8]}",
-            rows=sum(len({(s.c_in.at(n.widths), s.c_out.at(n.widths)) for n in samples.networks}) for s in self.sites),
+            coverage=_coverage(seen),
+            table_id=f"{self.fingerprint.id}-{digest(msgspec.structs.replace(samples, networks=tuple(base)))[:8]}",
+            rows=sum(len({(s.c_in.at(n.widths), s.c_out.at(n.widths)) for n in base}) for s in self.sites),
         )
 
 

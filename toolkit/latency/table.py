@@ -100,7 +100,7 @@ def identity(network: NetworkSample | tuple[str, Mapping[str, int]]) -> tuple[An
 
 def save_samples(folder: Path, samples: SampleSet) -> SampleSet:
     """Write `samples.json` with its digest; the unfinished file it replaces goes."""
-    samples = msgspec.structs.replace(samples, digest=_digest(samples))
+    samples = msgspec.structs.replace(samples, digest=digest(samples))
     write_text(folder / SAMPLES, to_json(samples))
     (folder / PARTIAL).unlink(missing_ok=True)
     return samples
@@ -117,7 +117,7 @@ def load_samples(folder: Path, fingerprint: Fingerprint) -> SampleSet:
         found = from_json(SampleSet, path.read_bytes(), "it")
     except (UsageError, OSError) as error:
         raise TableError(f"The latency table file {path} cannot be read: {_reason(error)}.", _repair(fingerprint, path)) from None
-    if found.digest != _digest(found):
+    if found.digest != digest(found):
         raise TableError(f"The latency table file {path} was changed after it was written.", _repair(fingerprint, path))
     _same_fingerprint(path, found.fingerprint, fingerprint)
     return found
@@ -245,12 +245,12 @@ def _merge(folder: Path, added: TableHeader, rows: Sequence[TableRow]) -> None:
         place = row.key, row.c_in, row.c_out
         merged[place] = _average(merged.get(place), row, header.reference_ns)
     text = rows_to_csv(TableRow, (merged[place] for place in sorted(merged)))
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    rows_sha256 = hashlib.sha256(text.encode()).hexdigest()
     steps = {found.kind: found for found in (*header.alignments, *added.alignments)}
     header = msgspec.structs.replace(
         header,
-        rows=f"rows-{digest[:8]}.csv",
-        rows_sha256=digest,
+        rows=f"rows-{rows_sha256[:8]}.csv",
+        rows_sha256=rows_sha256,
         models=header.models | added.models,
         alignments=tuple(steps.values()),
     )
@@ -272,7 +272,8 @@ def _average(old: TableRow | None, new: TableRow, reference: float) -> TableRow:
     )
 
 
-def _digest(samples: SampleSet) -> str:
+def digest(samples: SampleSet) -> str:
+    """What tells these samples from others."""
     return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(samples, digest=""))).hexdigest()
 
 
