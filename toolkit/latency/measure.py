@@ -148,7 +148,8 @@ class ModelTable:
             dense = widths == self.maker.widths
             allowance = max(0.0, end - timer.now_s()) / (len(missing) - position) * (DENSE_WEIGHT if dense else 1)
             file = path or self.maker.write(widths, self.own)
-            network = timer.measure(file, role, widths, allowance, variant=path is None)
+            loads = DENSE_WEIGHT if dense else 1
+            network = timer.measure(file, role, widths, allowance, variant=path is None, loads=loads)
             networks.append(network)
             append_partial(self.own, network)
             progress("measuring networks", position + 1, len(missing))
