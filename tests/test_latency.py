@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from widths import FORMS, form
 
 from toolkit import backends
+from toolkit.backends import KernelSample
 from toolkit.errors import TableError
 from toolkit.latency import ambiguous_forms, choose_probe_widths, solve
-from toolkit.latency.sites import attribute, find_sites
+from toolkit.latency.sites import Site, attribute, find_sites
 from toolkit.latency.variants import VariantMaker
 from toolkit.schema import DimForm
 
@@ -121,3 +122,48 @@ def test_all_profiled_time_is_attributed(runtime: str, maker: VariantMaker, tmp_
         assert sum(len(time.kernels.split()) for time in times) == len(kernels)
         heavy = [time for time, site in zip(times, sites, strict=True) if site.kind == "Conv"]
         assert all(time.kernels for time in heavy)
+
+
+def test_rows_of_a_matrix_and_groups_of_a_convolution_tell_kernels_apart() -> None:
+    import torch
+    from torch import nn
+
+    def keys(tokens: int, groups: int) -> set[str]:
+        def exported(hidden: int) -> Any:
+            class Net(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.mix = nn.Conv1d(8, 8, 3, padding=1, groups=groups)
+                    self.up, self.down = nn.Linear(8, hidden), nn.Linear(hidden, 8)
+
+                def forward(self, x: torch.Tensor) -> torch.Tensor:
+                    return self.down(torch.relu(self.up(self.mix(x).transpose(1, 2))))
+
+            program = torch.onnx.export(Net().eval(), (torch.randn(1, 8, tokens),), dynamo=True, verbose=False)
+            assert program is not None
+            return program.model_proto
+
+        maker = solve([({"h": 24}, exported(24)), ({"h": 7}, exported(7))], [form("h")])
+        return {site.key for site in find_sites(maker, "fp32")}
+
+    short, long, split = keys(5, 2), keys(9, 2), keys(5, 4)
+    assert len(short) == 3 and not short & long
+    assert len(short & split) == 2  # the linears are the same
+
+
+@pytest.mark.parametrize("where", ["made", "read"])
+def test_a_layout_change_belongs_to_the_site_whose_tensor_it_is(where: str) -> None:
+    """On the way out to the maker, on the way in to the reader, whatever is executed between."""
+
+    def kernel(op: str, node: str, inputs: tuple[str, ...], output: str) -> KernelSample:
+        return KernelSample(op, op, (node,) if node else (), inputs, (output,), ((1,),), ((1,),), np.full(4, 1000))
+
+    sites = [Site(name, name, "Conv", form("a"), form("a"), (name,)) for name in ("one", "two", "three")]
+    kernels = [
+        kernel("Conv", "one", ("x",), "y"),
+        kernel("ReorderOutput" if where == "made" else "Reorder", "", ("y",), "plain"),
+        kernel("Conv", "two", ("x",), "z"),
+        kernel("Conv", "three", ("plain", "z"), "out"),
+    ]
+    times, lost = attribute(kernels, sites)
+    assert lost == 0 and [time.latency_ns for time in times] == ([2000, 1000, 1000] if where == "made" else [1000, 1000, 2000])

@@ -40,6 +40,8 @@ class Plain:
         if step != self.step:
             self.close()
             self.step, self.started = step, time.monotonic()
+            if "about" in step:  # it will be a while
+                click.echo(f"{step} ...", err=True)
 
     def close(self, failed: bool = False) -> None:
         if self.step:
@@ -230,7 +232,10 @@ profile_option = click.option(
     "-p", "--profile", default="local-onnxruntime", show_default=True, help="Hardware profile: an id or a folder."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), default=0, show_default="the profile's", help="Threads of the runtime."
+    "--threads",
+    type=click.IntRange(1),
+    callback=lambda context, parameter, value: value or 0,
+    help="Threads of the runtime; default: the profile's.",
 )
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8"]), default="fp32", show_default=True
@@ -380,12 +385,25 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
 @profile_option
 @input_options
 @threads_option
-@precision_option
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    default=None,
+    help="[default: the profile's; bf16: OpenVINO]",
+)
 @seed_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a measured profile: a folder that -p takes elsewhere.")
 @json_option
 def measure(
-    model: str, profile: str, weights: str, threads: int, precision: str, seed: int, out: Path | None, as_json: bool, **given: Any
+    model: str,
+    profile: str,
+    weights: str,
+    threads: int,
+    precision: str | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure the latency table of MODEL, as `run` does when needed.
 
@@ -560,12 +578,16 @@ def profiles(profile: str | None, as_json: bool) -> None:
         click.echo(msgspec.json.encode(found).decode())
         return
     for each in found:
-        click.echo(f"{each.id:<20} {each.device:<8} {each.runtime:<12} {each.format:<9} {each.description}")
+        click.echo(f"{each.id:<24} {each.device:<8} {each.runtime:<12} {each.format:<9} {each.description}")
     if profile:
         from toolkit.report import terminal
         from toolkit.run.prepare import measured_table
 
-        for line in terminal.table(profile, *measured_table(profile)):
+        try:
+            lines = terminal.table(profile, *measured_table(profile))
+        except EdgekitError as error:  # the profile is shown all the same
+            lines = [f"latency table: none to show here. {error.message} {error.hint}"]
+        for line in lines:
             click.echo(line)
 
 

@@ -59,7 +59,12 @@ def shipped_table(id_or_path: str) -> Path | None:
 def measured_on(id_or_path: str) -> str:
     """The device that the table which comes with a profile was measured on, empty where it has none."""
     table = shipped_table(id_or_path)
-    return load_json(TableHeader, table / "header.json").fingerprint.device if table else ""
+    if table is None:
+        return ""
+    try:
+        return load_json(TableHeader, table / "header.json").fingerprint.device
+    except UsageError:
+        return "a device its damaged table does not name"
 
 
 def fingerprint(profile: Profile, runtime_version: str) -> Fingerprint:
@@ -115,7 +120,7 @@ def cache_dir() -> Path:
 
 def table_dir(fingerprint: Fingerprint) -> Path:
     """The folder of one fingerprint's latency table."""
-    return cache_dir() / "tables" / fingerprint.id
+    return cache_dir() / "latency" / fingerprint.id
 
 
 def _known() -> tuple[str, ...]:
@@ -132,8 +137,8 @@ def _checked(profile: Profile, source: str) -> Profile:
     """Ids become names of files, and counts arguments of runtimes: refuse what would only fail there."""
     if not _ID.fullmatch(profile.id):
         raise UsageError(f"{source}: {profile.id!r} is no profile id.", "Use lower-case letters and digits, joined by . _ or -.")
-    if profile.threads < 1 or profile.batch < 1 or profile.channel_step < 0:
-        raise UsageError(f"{source}: threads and batch must be at least 1, channel_step at least 0.", "Correct the file.")
+    if profile.threads < 1 or profile.batch < 1:
+        raise UsageError(f"{source}: threads and batch must be at least 1.", "Correct the file.")
     if (profile.runtime == "simulated") != (profile.simulation is not None):
         raise UsageError(
             f"{source}: a simulated device is described by `simulation`, and no other is.",

@@ -209,7 +209,6 @@ class Profile(Record, frozen=True, kw_only=True):
     precision: Precision = "fp32"
     threads: int = 1
     batch: int = 1
-    channel_step: int = 0  # 0: probed on the device
     description: str = ""
     simulation: Simulation | None = None  # of a simulated device, and of no other
 
@@ -239,7 +238,7 @@ class RegimeEvidence(Record, frozen=True, kw_only=True):
 class AlignmentEvidence(Record, frozen=True, kw_only=True):
     """How a runtime treats the channels of an operator family, and why that is believed.
 
-    Errors are mean relative ones on channel pairs left out of the fit: with these steps and regimes, and without any.
+    Errors are on channel pairs left out of the fit, summed and over the summed time: with these steps and regimes, and without.
     """
 
     kind: str
@@ -254,6 +253,23 @@ class AlignmentEvidence(Record, frozen=True, kw_only=True):
     regimes: tuple[RegimeEvidence, ...]
 
 
+class HeldOut(Record, frozen=True, kw_only=True):
+    """Predicted against measured latency on networks that were not used for fitting."""
+
+    networks: int
+    mape: float
+    bias: float
+    spearman: float
+
+
+class MeasuredModel(Record, frozen=True, kw_only=True):
+    """What a model brought to a table, and how right its latency model is."""
+
+    networks: int
+    coverage: float
+    held_out: HeldOut
+
+
 class TableHeader(Record, frozen=True, kw_only=True):
     """The JSON beside a table's CSV: whose table it is and how far to believe it."""
 
@@ -263,17 +279,8 @@ class TableHeader(Record, frozen=True, kw_only=True):
     created_at: str
     rows: str  # file name of the CSV
     rows_sha256: str
-    models: dict[str, int]  # networks measured, by the model's structure and when
+    models: dict[str, MeasuredModel]  # by the model's structure and when
     alignments: tuple[AlignmentEvidence, ...] = ()
-
-
-class HeldOut(Record, frozen=True, kw_only=True):
-    """Predicted against measured latency on networks that were not used for fitting."""
-
-    networks: int
-    mape: float
-    bias: float
-    spearman: float
 
 
 class TableSummary(Record, frozen=True, kw_only=True):

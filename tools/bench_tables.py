@@ -163,9 +163,12 @@ class Bench:
         return total
 
     def alone(self, networks: Sequence[Widths]) -> list[float]:
-        """(a): every place of the network timed as a network of its own, at these widths; their sum over that of dense."""
+        """(a): every place of the network timed as a network of its own, at these widths, less what a call costs; their sum over
+        that of dense.
+        """
         import onnx
 
+        call_ns = self.time_file(nothing(self.folder / "nothing.onnx"))
         known: dict[tuple[str, int, int], float] = {}
         sums = []
         for widths in steps([self.dense, *networks], "  kernels alone"):
@@ -174,13 +177,13 @@ class Bench:
             for site in self.table.sites:
                 place = site.key, site.c_in.at(widths), site.c_out.at(widths)
                 if place not in known:
-                    known[place] = self.time_alone(model, set(site.nodes))
+                    known[place] = max(0.0, self.time_alone(model, set(site.nodes)) - call_ns)
                 total += known[place]
             sums.append(total)
         return [total / sums[0] for total in sums[1:]]
 
     def time_alone(self, model: Any, names: set[str]) -> float:
-        """Nanoseconds of some nodes of a model as a network of their own, over those of a network that does nothing much."""
+        """Nanoseconds of some nodes of a model as a network of their own."""
         import onnx
         from onnx.utils import Extractor
 
@@ -194,10 +197,24 @@ class Bench:
         outputs = [out for node in nodes for out in node.output if out in users or out in ends]
         path = self.folder / "alone.onnx"
         onnx.save(Extractor(model).extract_model(list(dict.fromkeys(inputs)), outputs), str(path))
+        return self.time_file(path)
+
+    def time_file(self, path: Path) -> float:
+        """Median nanoseconds of an inference, alone."""
         session = self.backend.open(path, threads=1, precision="fp32")
         call = session.prepare(random_feeds(session.inputs, 0))
         once = float(np.median(time_burst(call, 3)))
         return float(np.median(time_burst(call, int(np.clip(15e6 / once, 5, 200)))))
+
+
+def nothing(path: Path) -> Path:
+    """A network of one addition: what a call costs."""
+    from onnx import TensorProto, helper, save
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "nothing", ends[:1], ends[1:])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
 
 
 def take(what: Visit) -> Any:

@@ -16,6 +16,7 @@ from toolkit.schema import AlignmentEvidence, RegimeEvidence
 STEPS = (1, 4, 8, 16, 32, 64)
 BLOCKS = (0, 8, 16, 32)
 MULTIPLES = (1, 4, 8, 16)
+MIN_SAMPLES = 6  # of a regime for a formula of its own
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def alignment_error(keys: Sequence[Observations], alignment: Alignment) -> float
             part = data.select(alignment, regime)
             form = Formula(np.zeros(7), step_out=alignment.step_out)
             spent = float(part.latency.sum())
-            total += left_out_error(form, part.cells(alignment), part.latency) * spent
+            judged = part if len(part.latency) >= MIN_SAMPLES else data  # as the fit does it
+            total += left_out_error(form, judged.cells(alignment), judged.latency) * spent
             weight += spent
     return total / weight if weight else 0.0
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from toolkit.latency.alignment import Alignment, Observations, evidence, probe_alignment
+from toolkit.latency.alignment import MIN_SAMPLES, Alignment, Observations, evidence, probe_alignment
 from toolkit.latency.formula import Floats, fit_formula
 from toolkit.latency.level import DENSE_WEIGHT, calibrate
 from toolkit.latency.predict import UNJUDGED, KernelFit, LatencyModel
@@ -22,15 +22,16 @@ Span = tuple[list[Place], float, str]  # places, nanoseconds they took together,
 
 RIDGE = 1e-3
 CLOCK_NS = 1000.0  # resolution of the runtimes' profilers
-MIN_SAMPLES = 6  # of a regime for a formula of its own
 MOST_OVERHEAD = 0.5  # of the fastest network's latency that may be beside its kernels
 LEAST_SHARE = 0.1  # of a kernel's profiled time that the profiler's own cost may leave of it
 
 
 def fit_model(samples: SampleSet, sites: Sequence[Site], alignments: Mapping[str, Alignment] | None = None) -> LatencyModel:
     """Fit on the networks of every role but `held_out`; judge on those. Deterministic. `alignments` are probed unless given."""
-    fitted, held = samples.of("train", "extra", "plan"), samples.of("held_out")
-    entries, overhead = observe(fitted, sites, samples)
+    fitted = samples.of("train", "extra", "plan")
+    known = [network.widths for network in fitted]
+    held = [network for network in samples.of("held_out") if network.widths not in known]
+    entries, overhead = observe(fitted, sites, samples, DENSE_WEIGHT)
     observed = {key: _columns(found) for key, found in entries.items()}
     by_kind: dict[str, list[Observations]] = {}
     kinds = {site.key: site.kind for site in sites}
@@ -69,8 +70,11 @@ def judge(model: LatencyModel, networks: Sequence[NetworkSample], samples: Sampl
     )
 
 
-def observe(networks: Sequence[NetworkSample], sites: Sequence[Site], samples: SampleSet) -> tuple[dict[str, list[Entry]], float]:
-    """(profiled times by kernel key, nanoseconds of a call beside its kernels). Rows that other models brought are among them.
+def observe(
+    networks: Sequence[NetworkSample], sites: Sequence[Site], samples: SampleSet, dense_weight: int = 1
+) -> tuple[dict[str, list[Entry]], float]:
+    """(profiled times by kernel key, nanoseconds of a call beside its kernels). Rows that other models brought are among them,
+    and the dense network is there `dense_weight` times.
 
     Each network's profile is brought to its own end-to-end latency. A profiled kernel takes g (t + k): k is what the profiler
     adds to each, and g what the machine was doing meanwhile. With S the sum over a network of K kernels, E its latency and o
@@ -93,7 +97,7 @@ def observe(networks: Sequence[NetworkSample], sites: Sequence[Site], samples: S
     spans: list[Span] = []
     factors = (end_to_end - overhead + added * count) / total
     dense = max(range(len(profiled)), key=lambda index: sum(profiled[index].widths.values()))
-    for index in [*range(len(profiled)), *[dense] * (DENSE_WEIGHT - 1)]:
+    for index in [*range(len(profiled)), *[dense] * (dense_weight - 1)]:
         network, factor = profiled[index], factors[index]
         for indices, latency, kernels in network.spans:
             known = float(max(latency * factor - added * len(kernels.split()), LEAST_SHARE * latency * factor))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import fcntl
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from toolkit.latency.table import (
     SampleSet,
     append_partial,
     digest,
+    end_partial,
     identity,
     kernel_rows,
     load_samples,
@@ -30,19 +34,34 @@ from toolkit.latency.table import (
     now,
     read_partial,
     save_samples,
+    start_partial,
     structure_id,
 )
 from toolkit.latency.timer import Timer
 from toolkit.latency.variants import BLOB, VariantMaker
-from toolkit.schema import Fingerprint, Profile, TableRow
+from toolkit.schema import Fingerprint, MeasuredModel, Profile, TableRow
 
 Progress = Callable[[str, int, int], None]
 Wanted = tuple[str, dict[str, int], Path | None]  # role, widths, a file where no variant can be
 
 MIN_COVERAGE = 0.9
+BASE = ("train", "held_out", "extra")  # roles of the networks that belong to every run
 PLAN_S = 4.0  # for a network that is measured on demand
 REUSED_SAMPLES = 40  # of a kernel, from which on another model's rows stand for profiling it
 REUSED_SHARE = 0.5  # of the networks that are measured where all kernels are known
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a fingerprint's table alone. TableError: another process has it. The lock ends with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            message = f"Another edgekit is measuring for the latency table in {folder}."
+            raise TableError(message, "Wait until it has finished, then run the same command again.") from None
+        yield
 
 
 @dataclass
@@ -88,30 +107,34 @@ class ModelTable:
     ) -> LatencyModel:
         """Measure what the folder does not have yet in about `seconds`, and fit.
 
-        Each network is written as soon as it is measured, so an interrupted measurement goes on where it stopped. `extra` are
-        exported files with branches dropped (width 0), which variants cannot be. `networks` are fewer where the table has this
-        program's kernels from others.
+        `progress` is told before it begins how long it takes. Each network is written as soon as it is measured, so an
+        interrupted measurement goes on where it stopped. `extra` are exported files with branches dropped (width 0), which
+        variants cannot be. Fewer `networks` are measured where the table has this program's kernels from others.
 
         Raises:
             TableError: a file of the table is damaged or of another fingerprint; a network that computes no finite values;
-                profiled kernels that cannot be tied to the network.
+                profiled kernels that cannot be tied to the network; another process measures for this table.
         """
-        done = load_samples(self.own, self.fingerprint) if self.known() else None
-        header = load_table(self.folder, self.fingerprint)[0] if (self.folder / HEADER).exists() else None
-        borrowed = done.borrowed if done else self._borrow()
-        if not done and self._covered(borrowed):
-            networks = round(networks * REUSED_SHARE)
-        plan = [] if done else sample_widths(self.grid, networks, self.seed)
-        wanted: list[Wanted] = [(role, widths, None) for role, widths in plan]
-        wanted += [("extra", dict(widths), path) for widths, path in extra]
-        samples = self._complete(done, wanted, borrowed, seconds, progress)
-        self._plans = []
-        self.model = self._fit(samples, None)
-        label = f"{self.own.name} {samples.created_at}"
-        if header is None or label not in header.models:
-            first = [network for network in samples.networks if network.role != "plan"]
-            observed, _ = observe(first, self.sites, samples)
-            merge_table(self.folder, label, samples, kernel_rows(observed, samples), self.model.evidence)
+        with locked(self.folder):
+            done = load_samples(self.own, self.fingerprint) if self.known() else None
+            header = load_table(self.folder, self.fingerprint)[0] if (self.folder / HEADER).exists() else None
+            borrowed = done.borrowed if done else self._borrow()
+            if not done and self._covered(borrowed):
+                networks = round(networks * REUSED_SHARE)
+            plan = [] if done else sample_widths(self.grid, networks, self.seed)
+            wanted: list[Wanted] = [(role, widths, None) for role, widths in plan]
+            wanted += [("extra", dict(widths), path) for widths, path in extra]
+            samples = self._complete(done, wanted, borrowed, seconds * (len(wanted) / NETWORKS if done else 1), progress)
+            self._plans = []
+            self.model = self._fit(samples, None)
+            label = f"{self.own.name} {samples.created_at}"
+            if header is None or label not in header.models:
+                measured = MeasuredModel(
+                    networks=len(samples.of(*BASE)), coverage=self.model.coverage, held_out=self.model.held_out
+                )
+                first = msgspec.structs.replace(samples, networks=tuple(samples.of(*BASE)), borrowed=())
+                rows = kernel_rows(observe(first.networks, self.sites, first)[0], first)
+                merge_table(self.folder, label, first, rows, measured, self.model.evidence)
         return self.model
 
     def refine(self, plans: Sequence[tuple[Mapping[str, int], Path | None]], progress: Progress | None = None) -> LatencyModel:
@@ -124,46 +147,75 @@ class ModelTable:
         known = {identity(item[:2]) for item in self._plans}
         new = [item for item in wanted if identity(item[:2]) not in known]
         if new:
-            samples = load_samples(self.own, self.fingerprint)
-            missing = [item for item in new if not self._has(samples.networks, item)]
-            report = progress or (lambda step, done, total: None)
-            samples = self._complete(samples, missing, samples.borrowed, PLAN_S * len(missing), report)
+            with locked(self.folder):
+                samples = load_samples(self.own, self.fingerprint)
+                report = progress or (lambda step, done, total: None)
+                samples = self._complete(samples, new, samples.borrowed, PLAN_S * len(new), report)
             self._plans += [(role, widths) for role, widths, _ in new]
             self.model = self._fit(samples, self.model)
         return self.model
+
+    def measured_ns(self, widths: Mapping[str, int]) -> float:
+        """The latency that a plan given to `refine` was measured at, on the scale of the model's predictions."""
+        samples = load_samples(self.own, self.fingerprint)
+        wanted = identity(("plan", widths))
+        return samples.latency_ns(next(network for network in samples.networks if identity(network) == wanted))
 
     def _complete(
         self, done: SampleSet | None, wanted: Sequence[Wanted], borrowed: tuple[TableRow, ...], seconds: float, progress: Progress
     ) -> SampleSet:
         """The samples with all that is wanted, measured where it is missing, and on disk."""
-        networks = [*(done.networks if done else ()), *read_partial(self.own)]
+        kept = list(done.networks) if done else []
+        saved = {identity(network) for network in kept}  # killed between two files, one may hold what the other has
+        networks = kept + [network for network in read_partial(self.own) if identity(network) not in saved]
         missing = [item for item in wanted if not self._has(networks, item)]
-        if done and not missing and len(networks) == len(done.networks):
+        if done and not missing and len(networks) == len(kept):
+            end_partial(self.own)
             return done
         self.own.mkdir(parents=True, exist_ok=True)
-        timer = self._open_timer() if missing else None
-        end = timer.now_s() + seconds * len(missing) / max(len(wanted), 1) if timer else 0.0
-        for position, (role, widths, path) in enumerate(missing):
-            assert timer is not None
-            dense = widths == self.maker.widths
-            allowance = max(0.0, end - timer.now_s()) / (len(missing) - position) * (DENSE_WEIGHT if dense else 1)
-            file = path or self.maker.write(widths, self.own)
-            loads = DENSE_WEIGHT if dense else 1
-            network = timer.measure(file, role, widths, allowance, variant=path is None, loads=loads)
-            networks.append(network)
-            append_partial(self.own, network)
-            progress("measuring networks", position + 1, len(missing))
-        for leftover in (BLOB, "variant.onnx", "anchor.onnx", "reference.onnx"):
-            (self.own / leftover).unlink(missing_ok=True)
-        base = done or SampleSet(fingerprint=self.fingerprint, seed=self.seed, created_at=now(), networks=(), borrowed=borrowed)
-        return save_samples(self.own, msgspec.structs.replace(base, networks=tuple(networks)))
+        anchor = done.anchor if done else start_partial(self.own, anchor_widths(self.grid))
+        if missing:
+            seconds *= len(missing) / max(len(wanted), 1)
+            step = f"measuring networks, about {math.ceil(seconds / 10) * 10} s"
+            progress(step, 0, len(missing))
+            timer, level = self._open_timer(anchor, kept)
+            end = timer.now_s() + seconds
+            for position, (role, widths, path) in enumerate(missing):
+                dense = widths == self.maker.widths
+                allowance = max(0.0, end - timer.now_s()) / (len(missing) - position) * (DENSE_WEIGHT if dense else 1)
+                file = path or self.maker.write(widths, self.own)
+                loads = DENSE_WEIGHT if dense else 1
+                network = timer.measure(file, role, widths, allowance, variant=path is None, loads=loads)
+                network = msgspec.structs.replace(network, ratio=network.ratio * level)
+                networks.append(network)
+                append_partial(self.own, network)
+                progress(step, position + 1, len(missing))
+            for leftover in (BLOB, "variant.onnx", "anchor.onnx", "segment.onnx", "reference.onnx"):
+                (self.own / leftover).unlink(missing_ok=True)
+        base = done or SampleSet(
+            fingerprint=self.fingerprint, seed=self.seed, created_at=now(), networks=(), anchor=anchor, borrowed=borrowed
+        )
+        samples = save_samples(self.own, msgspec.structs.replace(base, networks=tuple(networks)))
+        end_partial(self.own)
+        return samples
 
-    def _open_timer(self) -> Timer:
-        """The anchor and the reference are opened once."""
+    def _open_timer(self, anchor: dict[str, int], known: Sequence[NetworkSample]) -> tuple[Timer, float]:
+        """The timer, opened once, and what its ratios are multiplied with to be those of the first session.
+
+        The anchor may be faster or slower each time it is loaded, as any network. So in a later session the dense network is
+        timed beside it again.
+        """
         if self._timer is None:
-            anchor = self.maker.write(anchor_widths(self.grid), self.own, "anchor.onnx")
-            self._timer = Timer(self.profile, self.device, self.own, anchor, self.maker, self.sites)
-        return self._timer
+            self._timer = Timer(
+                self.profile, self.device, self.own, self.maker.write(anchor, self.own, "anchor.onnx"), self.maker, self.sites
+            )
+            self._level = 1.0
+            dense = next((network for network in known if network.widths == self.maker.widths), None)
+            if dense:
+                file = self.maker.write(self.maker.widths, self.own)
+                again = self._timer.measure(file, "train", dense.widths, PLAN_S, variant=False, loads=DENSE_WEIGHT)
+                self._level = dense.ratio / again.ratio
+        return self._timer, self._level
 
     def _has(self, networks: Sequence[NetworkSample], item: Wanted) -> bool:
         wanted = identity(item[:2])
@@ -187,7 +239,7 @@ class ModelTable:
 
     def _fit(self, samples: SampleSet, before: LatencyModel | None) -> LatencyModel:
         """The model of the networks that belong to every run, and of the plans that this one asked for, in its order."""
-        base = samples.of("train", "held_out", "extra")
+        base = samples.of(*BASE)
         asked = [next(n for n in samples.networks if identity(n) == identity(plan)) for plan in self._plans]
         seen = msgspec.structs.replace(samples, networks=(*base, *asked))
         model = fit_model(seen, self.sites, before.alignments if before else None)
@@ -195,13 +247,16 @@ class ModelTable:
             model,
             coverage=_coverage(seen),
             table_id=f"{self.fingerprint.id}-{digest(msgspec.structs.replace(samples, networks=tuple(base)))[:8]}",
-            rows=sum(len({(s.c_in.at(n.widths), s.c_out.at(n.widths)) for n in base}) for s in self.sites),
+            rows=len({(s.key, s.c_in.at(n.widths), s.c_out.at(n.widths)) for s in self.sites for n in base if n.spans}),
         )
 
 
 def _coverage(samples: SampleSet) -> float:
     """Share of the profiled time of the widest network that belongs to sites; TableError where it is too little to trust."""
-    widest = max((n for n in samples.networks if n.spans), key=lambda network: sum(network.widths.values()))
+    profiled = [network for network in samples.networks if network.spans]
+    if not profiled:  # all kernels are borrowed, or nothing could be tied to the network
+        return 1.0 if samples.borrowed else 0.0
+    widest = max(profiled, key=lambda network: sum(network.widths.values()))
     known = sum(latency for _, latency, _ in widest.spans)
     coverage = known / (known + widest.lost_ns) if known else 0.0
     if coverage < MIN_COVERAGE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -58,7 +58,6 @@ class LatencyModel:
     coverage: float = 1.0  # share of the dense network's profiled time that belongs to sites
     table_id: str = ""
     rows: int = 0
-    scale: float = 1.0
 
     def site_cost(self, site: Site, c_in: int, c_out: int) -> float:
         """Nanoseconds of one site; where a plan leaves no channels on either side of it, what dropping it leaves or saves.
@@ -70,10 +69,10 @@ class LatencyModel:
             TableError: the kernel was not measured at all.
         """
         if c_in == 0 or c_out == 0:
-            return self.scale * self.per_drop_ns
+            return self.per_drop_ns
         fits = self._fits_for(site, self.alignments[site.kind].regime(c_in, c_out))
         costs = (fit.factor * fit.profiled(c_in, c_out) + self.per_site_ns for fit in fits)
-        return self.scale * max(MIN_COST_NS, *costs)
+        return max(MIN_COST_NS, *costs)
 
     def _fits_for(self, site: Site, regime: str) -> list[KernelFit]:
         found = self.fits.get((site.key, regime))
@@ -86,7 +85,7 @@ class LatencyModel:
     def predict(self, widths: Mapping[str, int]) -> float:
         """Nanoseconds of the whole network; a group of width 0 is a dropped branch."""
         costs = (self.site_cost(site, site.c_in.at(widths), site.c_out.at(widths)) for site in self.sites)
-        return self.scale * self.overhead_ns + sum(costs)
+        return self.overhead_ns + sum(costs)
 
     def far_edges(self, candidates: Mapping[str, Sequence[int]], dense: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The candidates, each moved up as far as further channels are nearly free, all other groups being whole.
@@ -110,10 +109,6 @@ class LatencyModel:
             free = [w for w in range(width, following) if cost(w) - cost(width) <= FREE * average * (w - width)]
             found.add(free[-1])
         return tuple(sorted(found))
-
-    def rescaled(self, factor: float) -> LatencyModel:
-        """The same model for a machine that is `factor` times as slow now."""
-        return replace(self, scale=self.scale * factor)
 
     def costs(self) -> tuple[PlaceCost, ...]:
         """The sites as an allocation takes them."""

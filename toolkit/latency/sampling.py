@@ -51,8 +51,10 @@ def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: 
     kinds = (lambda: nearest(proportional()), lambda: whole(proportional()), lambda: whole(uniform()))
     plan += [("held_out", kinds[index % len(kinds)]()) for index in range(held)]
     order = [0, *(1 + int(i) for i in rng.permutation(len(plan) - 1))]  # a drift of the machine must not look like a width
-    unique = {(role, tuple(widths.items())): (role, widths) for role, widths in (plan[index] for index in order)}
-    return list(unique.values())  # small networks have few widths
+    unique: dict[tuple[int, ...], tuple[str, dict[str, int]]] = {}  # of small networks some come out twice
+    for role, widths in (plan[index] for index in order):
+        unique.setdefault(tuple(widths.values()), (role, widths))
+    return list(unique.values())
 
 
 def anchor_widths(candidates: Mapping[str, Sequence[int]]) -> dict[str, int]:

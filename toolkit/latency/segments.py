@@ -58,6 +58,7 @@ def cut_out(model: Any, segment: Segment, path: Path) -> Path:
     return path
 
 
-def opaque(times: Sequence[SpanTime]) -> bool:
-    """Whether most of a profile is in kernels that stand for several sites."""
-    return sum(time.latency_ns for time in times if len(time.sites) > 1) > OPAQUE_SHARE * sum(time.latency_ns for time in times)
+def opaque(times: Sequence[SpanTime], lost_ns: float) -> bool:
+    """Whether most of a profile is in kernels that stand for several sites, or for none."""
+    total = sum(time.latency_ns for time in times) + lost_ns
+    return sum(time.latency_ns for time in times if len(time.sites) > 1) + lost_ns > OPAQUE_SHARE * total

@@ -101,7 +101,7 @@ def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[l
         latency = undisturbed(kernel.samples_ns, KERNEL_SHARE)
         index = owners[position]
         if index is None:
-            index = _layout_owner(kernel, position, owners, owner, makers)
+            index = _layout_owner(kernels, position, owners, owner, makers)
         if index is None:
             lost += latency
         else:
@@ -118,15 +118,21 @@ def undisturbed(samples: Any, share: float) -> float:
 
 
 def _layout_owner(
-    kernel: KernelSample, position: int, owners: Sequence[int | None], owner: dict[str, int], makers: dict[str, int]
+    kernels: Sequence[KernelSample], position: int, owners: Sequence[int | None], owner: dict[str, int], makers: dict[str, int]
 ) -> int | None:
+    """Whose cut causes a layout change: on the way out that of the site that made the tensor, else of the site that reads it; by
+    the tensors' names, and where a runtime does not tell them by the order executed.
+    """
+    kernel = kernels[position]
     before = next((index for index in reversed(owners[:position]) if index is not None), None)
     after = next((index for index in owners[position + 1 :] if index is not None), None)
     if "output" in kernel.op.lower():
         named = [owner[name] for name in (*kernel.outputs, *kernel.inputs) if name in owner]
         made = [makers[name] for name in kernel.inputs if name in makers]
         return next(iter(named + made), before)
-    return after if after is not None else before
+    pairs = zip(kernels[position + 1 :], owners[position + 1 :], strict=True)
+    readers = [index for other, index in pairs if index is not None and set(kernel.outputs) & set(other.inputs)]
+    return next(iter(readers), after if after is not None else before)
 
 
 def _is_heavy(node: Any, weights: set[str], maker: VariantMaker) -> bool:
@@ -151,8 +157,8 @@ def _site(maker: VariantMaker, nodes: Sequence[Any], producer: dict[str, int], f
     static = [
         "+".join(chain),
         *(f"{name[0]}{'x'.join(map(str, a.ints))}" for name in GEOMETRY for a in head.attribute if a.name == name),
-        kind,
-        f"{_spatial(maker, head.input[0])}>{_spatial(maker, head.output[0])}>{_size(last[2:])}",
+        kind + (f"/{grouped}" if (grouped := _per_group(maker, head)) else ""),
+        f"{_around(maker, head, head.input[0])}>{_around(maker, head, head.output[0])}>{_size(last[2:])}",
         "to " + ",".join(followers),
         precision,
     ]
@@ -193,8 +199,17 @@ def _or_zero(forms: Sequence[DimForm], axis: int) -> DimForm:
     return forms[axis] if len(forms) > abs(axis) else DimForm(const=1)
 
 
-def _spatial(maker: VariantMaker, tensor: str) -> str:
-    return _size(maker.channels.get(tensor, ())[2:])
+def _around(maker: VariantMaker, head: Any, tensor: str) -> str:
+    """The dimensions of a tensor that are not channels: pixels, tokens, and rows of a matrix product."""
+    forms = maker.channels.get(tensor, ())
+    return _size(forms[:-1] if head.op_type in ("Gemm", "MatMul") else forms[2:])
+
+
+def _per_group(maker: VariantMaker, head: Any) -> str:
+    """Channels of a group where a convolution has several: as many kernels as there are widths of them."""
+    groups = next((a.i for a in head.attribute if a.name == "group"), 1)
+    weight = next((slot for slot in maker.slots for name in head.input[1:2] if slot.name == name), None)
+    return _size(weight.dims[1:2]) if weight is not None and groups > 1 else ""
 
 
 def _size(forms: Sequence[DimForm]) -> str:

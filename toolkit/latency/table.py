@@ -26,6 +26,7 @@ from toolkit.schema import (
     SCHEMA,
     AlignmentEvidence,
     Fingerprint,
+    MeasuredModel,
     Record,
     TableHeader,
     TableRow,
@@ -38,7 +39,7 @@ from toolkit.schema import (
 
 Entry = tuple[int, int, float, str]  # channels in, channels out, nanoseconds, kernels executed
 
-HEADER, SAMPLES, PARTIAL = "header.json", "samples.json", "samples.partial.jsonl"
+HEADER, SAMPLES, PARTIAL, ANCHOR = "header.json", "samples.json", "samples.partial.jsonl", "anchor.json"
 
 
 class NetworkSample(Record, frozen=True, kw_only=True):
@@ -61,6 +62,7 @@ class SampleSet(Record, frozen=True, kw_only=True):
     seed: int
     created_at: str
     networks: tuple[NetworkSample, ...]
+    anchor: dict[str, int]  # widths of the network that all were timed beside
     borrowed: tuple[TableRow, ...] = ()
     digest: str = ""
 
@@ -99,10 +101,9 @@ def identity(network: NetworkSample | tuple[str, Mapping[str, int]]) -> tuple[An
 
 
 def save_samples(folder: Path, samples: SampleSet) -> SampleSet:
-    """Write `samples.json` with its digest; the unfinished file it replaces goes."""
+    """Write `samples.json` with its digest."""
     samples = msgspec.structs.replace(samples, digest=digest(samples))
     write_text(folder / SAMPLES, to_json(samples))
-    (folder / PARTIAL).unlink(missing_ok=True)
     return samples
 
 
@@ -123,6 +124,17 @@ def load_samples(folder: Path, fingerprint: Fingerprint) -> SampleSet:
     return found
 
 
+def start_partial(folder: Path, anchor: Mapping[str, int]) -> dict[str, int]:
+    """Begin, or go on with, an unfinished measurement; the anchor's widths, which stay those it began with."""
+    path = folder / ANCHOR
+    if not path.exists():
+        write_text(path, msgspec.json.encode(dict(anchor)).decode())
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+    except msgspec.MsgspecError:
+        raise TableError(f"The latency table file {path} cannot be read.", f"Run: rm -rf {shlex.quote(str(folder))}") from None
+
+
 def append_partial(folder: Path, network: NetworkSample) -> None:
     """Keep a network as soon as it is measured."""
     with (folder / PARTIAL).open("ab") as stream:
@@ -130,18 +142,33 @@ def append_partial(folder: Path, network: NetworkSample) -> None:
 
 
 def read_partial(folder: Path) -> list[NetworkSample]:
-    """Networks of an interrupted measurement; a line cut off by the interruption is dropped."""
+    """Networks of an interrupted measurement; a last line that the interruption cut off is dropped.
+
+    Raises:
+        TableError: another line is damaged.
+    """
     path = folder / PARTIAL
     if not path.exists():
         return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        write_text(path, b"".join(line + b"\n" for line in lines).decode(errors="replace"))
     found = []
-    for line in path.read_bytes().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
             found.append(msgspec.json.decode(line, type=NetworkSample))
-        except (msgspec.ValidationError, msgspec.DecodeError):
-            break
-    write_text(path, b"".join(msgspec.json.encode(network) + b"\n" for network in found).decode())
+        except msgspec.MsgspecError as error:
+            raise TableError(
+                f"Line {number} of the latency table file {path} is damaged: {error}.",
+                f"Run: rm -f {shlex.quote(str(path))} and then the same command again; it measures these networks anew.",
+            ) from None
     return found
+
+
+def end_partial(folder: Path) -> None:
+    """All of it is in `samples.json` now."""
+    for name in (PARTIAL, ANCHOR):
+        (folder / name).unlink(missing_ok=True)
 
 
 # --- all kernels of a device --------------------------------------------------------------------------------------------------
@@ -185,7 +212,12 @@ def load_table(folder: Path, fingerprint: Fingerprint) -> tuple[TableHeader, lis
 
 
 def merge_table(
-    folder: Path, label: str, samples: SampleSet, rows: Sequence[TableRow], alignments: Sequence[AlignmentEvidence]
+    folder: Path,
+    label: str,
+    samples: SampleSet,
+    rows: Sequence[TableRow],
+    measured: MeasuredModel,
+    alignments: Sequence[AlignmentEvidence],
 ) -> None:
     """Add a model's rows to the fingerprint's table; a pair measured before is averaged by the number of networks."""
     added = TableHeader(
@@ -194,7 +226,7 @@ def merge_table(
         created_at=samples.created_at,
         rows="",
         rows_sha256="",
-        models={label: len(samples.networks)},
+        models={label: measured},
         alignments=tuple(alignments),
     )
     _merge(folder, added, rows)
@@ -221,15 +253,17 @@ def adopt_table(source: Path, folder: Path, fingerprint: Fingerprint) -> None:
     if found != fingerprint:
         raise TableError(
             f"The table of {source.parent} was measured elsewhere: {_differing(found, fingerprint)}.",
-            f"Run: edgekit measure MODEL -p local-{fingerprint.runtime}, for a table of this device.",
+            f"Run: {measuring_command(fingerprint)}, for a table of this device.",
         )
     header, rows = load_table(source, fingerprint)
     for path in sorted(source.glob(f"*/{SAMPLES}")):
         if not (folder / path.parent.name / SAMPLES).exists():
             save_samples(folder / path.parent.name, load_samples(path.parent, fingerprint))
-    known = load_table(folder, fingerprint)[0].models if (folder / HEADER).exists() else {}
-    if not header.models.keys() <= known.keys():
-        _merge(folder, header, rows)
+    kept, there = load_table(folder, fingerprint) if (folder / HEADER).exists() else (None, [])
+    known = kept.models.keys() if kept else set()
+    if not header.models.keys() <= known:
+        places = {(row.key, row.c_in, row.c_out) for row in there} if header.models.keys() & known else set()
+        _merge(folder, header, [row for row in rows if (row.key, row.c_in, row.c_out) not in places])
 
 
 def _merge(folder: Path, added: TableHeader, rows: Sequence[TableRow]) -> None:
@@ -290,11 +324,16 @@ def _differing(found: Fingerprint, wanted: Fingerprint) -> str:
 
 def _repair(fingerprint: Fingerprint, *paths: Path) -> str:
     """Commands after which the files are made again: from the networks measured so far where those are whole, else anew."""
+    return f"Run: rm -f {shlex.join(map(str, paths))} and then the same command again, or {measuring_command(fingerprint)}"
+
+
+def measuring_command(fingerprint: Fingerprint) -> str:
+    """The command that measures a table of this fingerprint."""
+    simulated = fingerprint.runtime == "simulated"
+    profile = "PROFILE" if fingerprint.batch != 1 else fingerprint.device if simulated else f"local-{fingerprint.runtime}"
     threads = f" --threads {fingerprint.threads}" if fingerprint.threads != 1 else ""
-    return (
-        f"Run: rm -f {shlex.join(map(str, paths))} and then the same command again, or edgekit measure MODEL"
-        f" -p local-{fingerprint.runtime}{threads}"
-    )
+    precision = f" --precision {fingerprint.precision}" if fingerprint.precision != "fp32" else ""
+    return f"edgekit measure MODEL -p {profile}{threads}{precision}"
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,6 @@ NETWORK_SHARE = 0.5  # lowest share of a network's times that its mean is taken 
 MIN_ROUNDS, MAX_ROUNDS = 4, 40
 MIN_RUNS, MAX_RUNS = 8, 200
 SURE, SURE_ROUNDS = 0.002, 8  # standard error of the ratio that is good enough, and rounds from which on it is looked at
-SEGMENT_VISITS = 2
 PROFILED_SHARE = 0.25  # of a network's time that goes to the profiled pass
 
 Times = NDArray[np.int64]
@@ -97,9 +96,12 @@ class Timer:
             runs = int(np.clip(seconds / one_s, MIN_RUNS, MAX_RUNS))
             threads, precision = self._profile.threads, self._profile.precision
             times, lost = attribute(self._backend.profile(path, threads=threads, precision=precision, runs=runs), self._sites)
-            if not opaque(times):
+            if not opaque(times, lost):
                 return times, lost
             self._segments = find_segments(self._maker, self._sites)
+            if not self._segments:
+                message = f"{self._profile.runtime} shows too little of where the time goes, and this network cannot be cut."
+                raise TableError(message, "Report the model with the runtime's version.")
         return [self._segment(part, model) for model in [self._shaped(widths)] for part in self._segments], 0.0
 
     def _shaped(self, widths: Mapping[str, int]) -> Any:
@@ -110,8 +112,7 @@ class Timer:
     def _segment(self, part: Segment, model: Any) -> SpanTime:
         """One segment timed as a network of its own."""
         what = self._visit(cut_out(model, part, self._folder / "segment.onnx"), self._profile.precision)
-        samples = np.concatenate([self._take(what) for _ in range(SEGMENT_VISITS)])
-        return SpanTime(part.sites, undisturbed(samples, NETWORK_SHARE), "segment")
+        return SpanTime(part.sites, undisturbed(self._take(what), NETWORK_SHARE), "segment")
 
     def _require_precision(self, path: Path) -> None:
         """MissingError where the device runs something else than the profile says."""

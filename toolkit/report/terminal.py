@@ -299,10 +299,9 @@ def _difference(found: KernelDifference) -> Table:
 def alignment(found: AlignmentEvidence) -> str:
     """How a runtime treats the channels of an operator family, in words."""
     said = [f"channels padded to {found.step_in} in and {found.step_out} out"]
-    if found.block or found.block_out:
-        said.append(f"other kernels below {found.block} in or {found.block_out} out")
-    if found.multiple > 1 or found.multiple_out > 1:
-        said.append(f"other layouts where not a multiple of {found.multiple} in or {found.multiple_out} out")
+    sides = ((found.block, found.multiple, "in"), (found.block_out, found.multiple_out, "out"))
+    said += [f"others below {block} {side}" for block, _, side in sides if block]
+    said += [f"others where no multiple of {multiple} {side}" for _, multiple, side in sides if multiple > 1]
     return f"{'; '.join(said)} (left-out error {found.error:.1%}, {found.error_without:.1%} without)"
 
 
@@ -315,6 +314,10 @@ def table(profile: str, folder: Path, header: TableHeader | None, rows: int) -> 
         f"latency table: {folder}",
         f"  {of.device}",
         f"  {of.runtime} {of.runtime_version}, {of.precision}, threads {of.threads}, batch {of.batch}",
-        f"  {rows} rows from {sum(header.models.values())} networks of {len(header.models)} models, first on {header.created_at}",
+        f"  {rows} rows, first on {header.created_at}",
+        *(
+            f"  model {label}: {of.networks} networks, coverage {of.coverage:.1%}, held-out error {of.held_out.mape:.1%}"
+            for label, of in header.models.items()
+        ),
         *(f"  {found.kind}: {alignment(found)}" for found in header.alignments),
     ]

@@ -470,7 +470,7 @@ def measure(
     preprocess: Preprocess | None,
     profile_id: str,
     threads: int,
-    precision: Precision,
+    precision: Precision | None,
     seed: int,
     progress: Progress,
     out: Path | None = None,
@@ -492,11 +492,9 @@ def measure(
     table = latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress)
     summary = table.model.summary(str(table.folder))
     if out is not None:
+        described = f"Measured on {target.fingerprint.device}"
+        save_json(out / "profile.json", msgspec.structs.replace(target.profile, id=profile_name(out), description=described))
         share_table(table.folder, out / "table", target.fingerprint)
-        profile = msgspec.structs.replace(
-            target.profile, id=profile_name(out), description=f"{target.fingerprint.device}, measured"
-        )
-        save_json(out / "profile.json", profile)
         summary = msgspec.structs.replace(summary, path=str(out))
     return summary
 
@@ -512,7 +510,7 @@ def export(
     """Export a model as it is, in the profile's format and as ONNX, each checked against PyTorch on random inputs."""
     import numpy as np
 
-    target = open_target(profile_id, 1, precision)
+    target = open_target(profile_id, 0, precision)
     traced = load_and_trace(model, weights, preprocess, 0)
     profile = target.profile
     progress("export", 0, 1)
@@ -524,8 +522,8 @@ def export(
         role="dense",
         backend=target.backend,
         formats=target.formats,
-        precision=precision,
-        threads=1,
+        precision=profile.precision,
+        threads=profile.threads,
         samples={"random": np.random.default_rng(0).standard_normal(shape, np.float32)},
         metadata={"edgekit.profile": profile.id, "edgekit.model": model},
     )

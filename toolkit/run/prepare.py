@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
-DENSE_INFERENCES, MEASURING_S = 2400, (60.0, 180.0)
+DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (60.0, 180.0)
 MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
@@ -42,6 +41,7 @@ class Target:
     device: Device
     backend: Backend
     fingerprint: Fingerprint
+    profile_id: str  # as it was asked for: an id or a path
 
     @property
     def artefact_suffix(self) -> str:
@@ -53,17 +53,17 @@ class Target:
         return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
 
 
-def open_target(profile_id: str, threads: int, precision: Precision, *, measuring: bool = False) -> Target:
-    """The profile with the request's threads (0: its own) and precision. A table that comes with it goes into the cache.
+def open_target(profile_id: str, threads: int = 0, precision: Precision | None = None, *, measuring: bool = False) -> Target:
+    """The profile with the request's threads (0: its own) and precision (None: its own).
 
-    `measuring`: a table may be measured for what `run` cannot make yet.
+    `measuring`: latencies are all that is wanted, also of what this version cannot make yet.
 
     Raises:
         UsageError: unknown profile, more threads than cores, or a precision or batch that pruning cannot target yet.
         MissingError: its runtime is not installed.
-        TableError: the profile's own table is of another device.
     """
     profile = profiles.load(profile_id)
+    precision = precision or profile.precision
     profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
     if precision != "fp32" and not (measuring and precision == "bf16" and profile.runtime == "openvino"):
         raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
@@ -76,16 +76,25 @@ def open_target(profile_id: str, threads: int, precision: Precision, *, measurin
         message = f"--threads {profile.threads} is more than the {cores} cores here."
         raise UsageError(message, f"Run it again with --threads {cores}.")
     backend = device.backend(profile.runtime)
-    target = Target(profile, device, backend, profiles.fingerprint(profile, backend.version()))
-    if shipped := profiles.shipped_table(profile_id):
-        adopt_table(shipped, profiles.table_dir(target.fingerprint), target.fingerprint)
-    return target
+    return Target(profile, device, backend, profiles.fingerprint(profile, backend.version()), profile_id)
+
+
+def table_folder(target: Target) -> Path:
+    """Where the target's latency table is kept. What comes with its profile is put there first.
+
+    Raises:
+        TableError: the profile's own table is of another device, or damaged.
+    """
+    folder = profiles.table_dir(target.fingerprint)
+    if shipped := profiles.shipped_table(target.profile_id):
+        adopt_table(shipped, folder, target.fingerprint)
+    return folder
 
 
 def measured_table(profile_id: str) -> tuple[Path, TableHeader | None, int]:
     """(folder of the profile's latency table here, its header where something was measured, rows)."""
-    target = open_target(profile_id, 0, "fp32", measuring=True)
-    folder = profiles.table_dir(target.fingerprint)
+    target = open_target(profile_id, measuring=True)
+    folder = table_folder(target)
     if not (folder / "header.json").exists():
         return folder, None, 0
     header, rows = load_table(folder, target.fingerprint)
@@ -204,18 +213,17 @@ def latency_table(
     with tempfile.TemporaryDirectory() as folder:
         extra = dropped_networks(program, candidates, Path(folder), seed, batch)
         progress("width variants", 1, 1)
-        table = ModelTable(
-            target.profile, target.fingerprint, target.device, maker, candidates, profiles.table_dir(target.fingerprint), seed
-        )
-        seconds = measuring_seconds(dense_ns)
-        step = "measuring networks" if table.known() else f"measuring networks, about {math.ceil(seconds / 10) * 10} s"
-        table.measure(seconds=seconds, extra=extra, progress=lambda _, done, total: progress(step, done, total))
+        table = ModelTable(target.profile, target.fingerprint, target.device, maker, candidates, table_folder(target), seed)
+        table.measure(seconds=measuring_seconds(dense_ns), extra=extra, progress=progress)
     return table
 
 
 def measuring_seconds(dense_ns: float) -> float:
-    """How long to measure a network of this latency: what `DENSE_INFERENCES` take, within limits."""
-    return float(np.clip(DENSE_INFERENCES * dense_ns / 1e9, *MEASURING_S))
+    """How long to measure a network of this latency: what `DENSE_INFERENCES` take, within limits, but never less than
+    `LEAST_INFERENCES`.
+    """
+    dense_s = dense_ns / 1e9
+    return max(float(np.clip(DENSE_INFERENCES * dense_s, *MEASURING_S)), LEAST_INFERENCES * dense_s)
 
 
 def variant_maker(
