@@ -366,7 +366,7 @@ DRIFTS = st.builds(Drift, deviation=st.sampled_from([0.0, 0.03, 0.1]), correlati
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
 @given(law=LAWS, drift=DRIFTS, seed=st.integers(0, 99))
 def test_laws_are_recovered_within_one_percent_of_whole_networks(
     law: Law, drift: Drift, seed: int, maker: VariantMaker, tmp_path_factory: pytest.TempPathFactory

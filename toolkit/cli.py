@@ -235,7 +235,7 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1),
     callback=lambda context, parameter, value: value or 0,
-    help="Threads of the runtime; default: the profile's.",
+    help="Default: the profile's.",
 )
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8"]), default="fp32", show_default=True

@@ -29,7 +29,7 @@ from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
-DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (60.0, 180.0)
+DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (50.0, 180.0)
 MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
