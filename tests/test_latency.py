@@ -151,6 +151,33 @@ def test_rows_of_a_matrix_and_groups_of_a_convolution_tell_kernels_apart() -> No
     assert len(short & split) == 2  # the linears are the same
 
 
+def test_a_size_that_one_export_leaves_to_be_inferred_is_no_difference() -> None:
+    import onnx
+    import onnx.reference
+
+    def reshaped(width: int, spelt: bool) -> Any:
+        nodes = [
+            onnx.helper.make_node("Conv", ["x", "w"], ["z"], name="mix"),
+            onnx.helper.make_node("Reshape", ["z", "shape"], ["y"], name="turn"),
+        ]
+        sizes = [1, 4, width if spelt else -1]
+        weights = [
+            onnx.numpy_helper.from_array(np.ones((width, 3, 1), np.float32), "w"),
+            onnx.numpy_helper.from_array(np.array(sizes, np.int64), "shape"),
+        ]
+        ends = [
+            onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3, 4]),
+            onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 4, width]),
+        ]
+        graph = onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+    maker = solve([({"h": 12}, reshaped(12, True)), ({"h": 5}, reshaped(5, False))], [form("h")], ({"h": 7}, reshaped(7, False)))
+    made = maker.make({"h": 9}, inline=True)
+    (out,) = onnx.reference.ReferenceEvaluator(made).run(None, {"x": np.ones((1, 3, 4), np.float32)})
+    assert out.shape == (1, 4, 9)
+
+
 @pytest.mark.parametrize("where", ["made", "read"])
 def test_a_layout_change_belongs_to_the_site_whose_tensor_it_is(where: str) -> None:
     """On the way out to the maker, on the way in to the reader, whatever is executed between."""

@@ -280,7 +280,24 @@ def _light(model: Any) -> Any:
             graph.initializer.add().CopyFrom(tensor)
             graph.initializer[-1].name = node.output[0]
     light.functions.extend(model.functions)
+    _spell_out(light)
     return light
+
+
+def _spell_out(model: Any) -> None:
+    """Give every Reshape the sizes it arrives at: where one export leaves a size to be inferred another may not."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    shapes = _shapes(model)
+    for index, node in enumerate(model.graph.node):
+        if node.op_type != "Reshape" or node.input[1] not in constants:
+            continue
+        asked, dims = numpy_helper.to_array(constants[node.input[1]]), shapes.get(node.output[0], [])
+        if (asked <= 0).any() and len(dims) == len(asked) and min(dims, default=0) > 0:
+            name = f"{node.input[1]}.{index}"
+            model.graph.initializer.append(numpy_helper.from_array(np.array(dims, np.int64), name))
+            node.input[1] = name
 
 
 def _is_large(tensor: Any) -> bool:

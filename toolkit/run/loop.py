@@ -235,14 +235,14 @@ def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(w for w in widths if w <= now[name]) or (now[name],) for name, widths in job.candidates.items()}
 
 
-def solve(job: Job, state: State, scores: Scores, share: float) -> Allocation:
+def solve(job: Job, state: State, scores: Scores, share: float, refinements: int = REFINEMENTS) -> Allocation:
     """Widths for a share of the dense latency; the fastest network where none is predicted fast enough.
 
     An allocation looks for what a table has too cheap. So what it proposes is measured and the table mended, until a proposal
     measures what the table promised; else of the measured ones the nearest to what was asked.
     """
     tried: list[tuple[float, Allocation]] = []
-    for _ in range(REFINEMENTS):
+    for _ in range(refinements):
         proposed = propose(job, state, scores, share)
         promised = job.model.predict(proposed.widths)
         measured = refine(job, proposed.widths)
@@ -315,7 +315,7 @@ def close(job: Job) -> Outcome:
         share = AIM * job.budget ** ((r + 1) / rounds)
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
-            allocation = solve(job, state, scores, share / scale)
+            allocation = solve(job, state, scores, share / scale, REFINEMENTS if last else 1)
             found = attempt(job, state, scores, allocation, scale, job.folder / f".attempt{r}.{turn}")
             tried.append(found)
             scale *= found.measured.ratio / found.predicted
