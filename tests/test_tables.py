@@ -30,7 +30,7 @@ from toolkit.latency.fit import fit_model, judge, observe
 from toolkit.latency.formula import fit_formula
 from toolkit.latency.measure import locked
 from toolkit.latency.residual import fit_residual
-from toolkit.latency.sampling import anchor_widths, sample_widths
+from toolkit.latency.sampling import sample_widths
 from toolkit.latency.segments import cut_out, find_segments
 from toolkit.latency.sites import Site, find_sites
 from toolkit.latency.table import (
@@ -187,7 +187,7 @@ def law_samples(noise: float = 0.0, networks: int = 60) -> SampleSet:
     rng = random.Random(0)
     plan = sample_widths({name: range(4, full + 1, 4) for name, full in LAW_GROUPS.items()}, networks, 0)
     found = tuple(law_network(widths, role, rng, noise) for role, widths in plan)
-    return SampleSet(fingerprint=FINGERPRINT, seed=0, created_at="2026-01-01", networks=found, anchor={})
+    return SampleSet(fingerprint=FINGERPRINT, seed=0, created_at="2026-01-01", networks=found)
 
 
 @pytest.fixture(scope="module")
@@ -435,10 +435,11 @@ def test_what_two_files_hold_after_a_kill_counts_once_and_only_one_process_measu
 
 
 @pytest.mark.slow
-def test_the_anchor_stays_what_it_was_when_candidates_change(maker: VariantMaker, tmp_path: Path) -> None:
+def test_plans_of_a_later_session_are_on_the_scale_of_the_first_whatever_the_candidates(
+    maker: VariantMaker, tmp_path: Path
+) -> None:
     table_of(profiles.load("simulated-cpu"), maker, tmp_path).measure(seconds=20.0, networks=16)
     fewer = table_of(profiles.load("simulated-cpu"), maker, tmp_path, {name: (full // 4, full) for name, full in DENSE.items()})
-    assert anchor_widths(fewer.grid) != load_samples(fewer.own, fewer.fingerprint).anchor
     fewer.measure(seconds=20.0, networks=16)
     plan = {"a": 8, "b": 30, "c": 12, "p": 13}
     fewer.refine([(plan, None)])

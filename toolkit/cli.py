@@ -40,7 +40,7 @@ class Plain:
         if step != self.step:
             self.close()
             self.step, self.started = step, time.monotonic()
-            if "about" in step:  # it will be a while
+            if not done and total > 1:  # a step that begins with a count will take a while
                 click.echo(f"{step} ...", err=True)
 
     def close(self, failed: bool = False) -> None:
@@ -237,9 +237,7 @@ threads_option = click.option(
     callback=lambda context, parameter, value: value or 0,
     help="Default: the profile's.",
 )
-precision_option = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8"]), default="fp32", show_default=True
-)
+precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
@@ -388,8 +386,7 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-    default=None,
-    help="[default: the profile's; bf16: OpenVINO]",
+    help="Default: the profile's. bf16 is OpenVINO's.",
 )
 @seed_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a measured profile: a folder that -p takes elsewhere.")

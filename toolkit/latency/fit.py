@@ -10,9 +10,10 @@ import numpy as np
 
 from toolkit.latency.alignment import MIN_SAMPLES, Alignment, Observations, evidence, probe_alignment
 from toolkit.latency.formula import Floats, fit_formula
-from toolkit.latency.level import DENSE_WEIGHT, calibrate
+from toolkit.latency.level import calibrate
 from toolkit.latency.predict import UNJUDGED, KernelFit, LatencyModel
 from toolkit.latency.residual import fit_residual
+from toolkit.latency.sampling import DENSE_WEIGHT
 from toolkit.latency.sites import Site
 from toolkit.latency.table import Entry, NetworkSample, SampleSet
 from toolkit.schema import HeldOut
@@ -20,7 +21,7 @@ from toolkit.schema import HeldOut
 Place = tuple[str, int, int]  # kernel key, channels in, channels out
 Span = tuple[list[Place], float, str]  # places, nanoseconds they took together, kernels executed
 
-RIDGE = 1e-3
+RIDGE = 1e-3  # of the joint fit, relative to a coefficient's largest part in any span
 CLOCK_NS = 1000.0  # resolution of the runtimes' profilers
 MOST_OVERHEAD = 0.5  # of the fastest network's latency that may be beside its kernels
 LEAST_SHARE = 0.1  # of a kernel's profiled time that the profiler's own cost may leave of it
@@ -31,12 +32,15 @@ def fit_model(samples: SampleSet, sites: Sequence[Site], alignments: Mapping[str
     fitted = samples.of("train", "extra", "plan")
     known = [network.widths for network in fitted]
     held = [network for network in samples.of("held_out") if network.widths not in known]
-    entries, overhead = observe(fitted, sites, samples, DENSE_WEIGHT)
-    observed = {key: _columns(found) for key, found in entries.items()}
-    by_kind: dict[str, list[Observations]] = {}
     kinds = {site.key: site.kind for site in sites}
-    for key, data in observed.items():
+    seen = {key: _columns(found) for key, found in observe(fitted, sites, samples)[0].items()}
+    by_kind: dict[str, list[Observations]] = {}
+    for key, data in seen.items():
         by_kind.setdefault(kinds[key], []).append(data)
+    dense = max(fitted, key=lambda network: sum(network.widths.values()))
+    weighted = [*fitted, *[dense] * (DENSE_WEIGHT - 1)]
+    entries, overhead = observe(weighted, sites, samples)
+    observed = {key: _columns(found) for key, found in entries.items()}
     if alignments is None:
         alignments = {kind: probe_alignment(by_kind[kind]) for kind in sorted(by_kind)}
     fits: dict[tuple[str, str], KernelFit] = {}
@@ -48,7 +52,7 @@ def fit_model(samples: SampleSet, sites: Sequence[Site], alignments: Mapping[str
         tuple(sites), alignments, fits, samples.reference_ns, overhead,
         evidence=tuple(evidence(kind, by_kind[kind], alignments[kind]) for kind in sorted(by_kind)),
     )  # fmt: skip
-    model = calibrate(profiled, fitted, samples)
+    model = calibrate(profiled, weighted, samples)
     return replace(model, held_out=judge(model, held, samples))
 
 
@@ -70,11 +74,8 @@ def judge(model: LatencyModel, networks: Sequence[NetworkSample], samples: Sampl
     )
 
 
-def observe(
-    networks: Sequence[NetworkSample], sites: Sequence[Site], samples: SampleSet, dense_weight: int = 1
-) -> tuple[dict[str, list[Entry]], float]:
-    """(profiled times by kernel key, nanoseconds of a call beside its kernels). Rows that other models brought are among them,
-    and the dense network is there `dense_weight` times.
+def observe(networks: Sequence[NetworkSample], sites: Sequence[Site], samples: SampleSet) -> tuple[dict[str, list[Entry]], float]:
+    """(profiled times by kernel key, nanoseconds of a call beside its kernels). Rows that other models brought are among them.
 
     Each network's profile is brought to its own end-to-end latency. A profiled kernel takes g (t + k): k is what the profiler
     adds to each, and g what the machine was doing meanwhile. With S the sum over a network of K kernels, E its latency and o
@@ -95,10 +96,7 @@ def observe(
     added = max(0.0, rest) / max(float(np.median(count)), 1.0)
     overhead = min(max(0.0, -rest), MOST_OVERHEAD * float(end_to_end.min()))
     spans: list[Span] = []
-    factors = (end_to_end - overhead + added * count) / total
-    dense = max(range(len(profiled)), key=lambda index: sum(profiled[index].widths.values()))
-    for index in [*range(len(profiled)), *[dense] * (dense_weight - 1)]:
-        network, factor = profiled[index], factors[index]
+    for network, factor in zip(profiled, (end_to_end - overhead + added * count) / total, strict=True):
         for indices, latency, kernels in network.spans:
             known = float(max(latency * factor - added * len(kernels.split()), LEAST_SHARE * latency * factor))
             places = [(sites[i].key, sites[i].c_in.at(network.widths), sites[i].c_out.at(network.widths)) for i in indices]

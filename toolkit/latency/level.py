@@ -15,18 +15,16 @@ LEVELS = (0.01, 0.2)  # how far the profile's level may be off
 PER_SITE, PER_DROP = 0.5, 0.5  # what it may miss of a place, by the level; and what a dropped place may leave, by the mean place
 PRIORS = (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # relative spread of the kernels' factors
 TIGHT = 0.9  # the tightest priors within this share of the least error: near the profile unless that is plainly worse
-DENSE_WEIGHT = 3  # budgets are shares of the dense network, a corner of all widths; it is measured for so much longer too
 NOISE = 0.01  # relative, of one network's end-to-end latency
 
 
 def calibrate(model: LatencyModel, networks: Sequence[NetworkSample], samples: SampleSet) -> LatencyModel:
-    """Fit to end-to-end times: the level and a time per site, each kernel's factor around the level, and what a dropped place
-    leaves behind or saves in its neighbours.
+    """Fit to end-to-end times of these networks, each as often as it is listed: the level and a time per site, each kernel's
+    factor around the level, and what a dropped place leaves behind or saves in its neighbours.
 
     Bayesian linear regression around the profile; how far it may go from there is chosen by cross-validation.
     """
     names = sorted(model.fits)
-    networks = [*networks, *[max(networks, key=lambda network: sum(network.widths.values()))] * (DENSE_WEIGHT - 1)]
     design = np.array([_parts(model, network.widths, names) for network in networks])
     measured = np.array([samples.latency_ns(network) - model.overhead_ns for network in networks])
     mean = np.array([0.0] * len(names) + [1.0, 0.0, 0.0])

@@ -14,9 +14,8 @@ import msgspec
 from toolkit.devices import Device
 from toolkit.errors import TableError
 from toolkit.latency.fit import fit_model, observe
-from toolkit.latency.level import DENSE_WEIGHT
 from toolkit.latency.predict import LatencyModel
-from toolkit.latency.sampling import NETWORKS, anchor_widths, sample_widths
+from toolkit.latency.sampling import DENSE_WEIGHT, NETWORKS, anchor_widths, sample_widths
 from toolkit.latency.sites import Site, find_sites
 from toolkit.latency.table import (
     HEADER,
@@ -34,7 +33,6 @@ from toolkit.latency.table import (
     now,
     read_partial,
     save_samples,
-    start_partial,
     structure_id,
 )
 from toolkit.latency.timer import Timer
@@ -120,7 +118,7 @@ class ModelTable:
             header = load_table(self.folder, self.fingerprint)[0] if (self.folder / HEADER).exists() else None
             borrowed = done.borrowed if done else self._borrow()
             if not done and self._covered(borrowed):
-                networks = round(networks * REUSED_SHARE)
+                networks, seconds = round(networks * REUSED_SHARE), seconds * REUSED_SHARE
             plan = [] if done else sample_widths(self.grid, networks, self.seed)
             wanted: list[Wanted] = [(role, widths, None) for role, widths in plan]
             wanted += [("extra", dict(widths), path) for widths, path in extra]
@@ -157,9 +155,8 @@ class ModelTable:
 
     def measured_ns(self, widths: Mapping[str, int]) -> float:
         """The latency that a plan given to `refine` was measured at, on the scale of the model's predictions."""
-        samples = load_samples(self.own, self.fingerprint)
         wanted = identity(("plan", widths))
-        return samples.latency_ns(next(network for network in samples.networks if identity(network) == wanted))
+        return self._seen.latency_ns(next(network for network in self._seen.networks if identity(network) == wanted))
 
     def _complete(
         self, done: SampleSet | None, wanted: Sequence[Wanted], borrowed: tuple[TableRow, ...], seconds: float, progress: Progress
@@ -173,12 +170,11 @@ class ModelTable:
             end_partial(self.own)
             return done
         self.own.mkdir(parents=True, exist_ok=True)
-        anchor = done.anchor if done else start_partial(self.own, anchor_widths(self.grid))
         if missing:
             seconds *= len(missing) / max(len(wanted), 1)
             step = f"measuring networks, about {math.ceil(seconds / 10) * 10} s"
             progress(step, 0, len(missing))
-            timer, level = self._open_timer(anchor, kept)
+            timer, level = self._open_timer(networks)
             end = timer.now_s() + seconds
             for position, (role, widths, path) in enumerate(missing):
                 dense = widths == self.maker.widths
@@ -192,23 +188,20 @@ class ModelTable:
                 progress(step, position + 1, len(missing))
             for leftover in (BLOB, "variant.onnx", "anchor.onnx", "segment.onnx", "reference.onnx"):
                 (self.own / leftover).unlink(missing_ok=True)
-        base = done or SampleSet(
-            fingerprint=self.fingerprint, seed=self.seed, created_at=now(), networks=(), anchor=anchor, borrowed=borrowed
-        )
+        base = done or SampleSet(fingerprint=self.fingerprint, seed=self.seed, created_at=now(), networks=(), borrowed=borrowed)
         samples = save_samples(self.own, msgspec.structs.replace(base, networks=tuple(networks)))
         end_partial(self.own)
         return samples
 
-    def _open_timer(self, anchor: dict[str, int], known: Sequence[NetworkSample]) -> tuple[Timer, float]:
+    def _open_timer(self, known: Sequence[NetworkSample]) -> tuple[Timer, float]:
         """The timer, opened once, and what its ratios are multiplied with to be those of the first session.
 
         The anchor may be faster or slower each time it is loaded, as any network. So in a later session the dense network is
         timed beside it again.
         """
         if self._timer is None:
-            self._timer = Timer(
-                self.profile, self.device, self.own, self.maker.write(anchor, self.own, "anchor.onnx"), self.maker, self.sites
-            )
+            anchor = self.maker.write(anchor_widths(self.maker.widths, self.sites), self.own, "anchor.onnx")
+            self._timer = Timer(self.profile, self.device, self.own, anchor, self.maker, self.sites)
             self._level = 1.0
             dense = next((network for network in known if network.widths == self.maker.widths), None)
             if dense:
@@ -241,7 +234,7 @@ class ModelTable:
         """The model of the networks that belong to every run, and of the plans that this one asked for, in its order."""
         base = samples.of(*BASE)
         asked = [next(n for n in samples.networks if identity(n) == identity(plan)) for plan in self._plans]
-        seen = msgspec.structs.replace(samples, networks=(*base, *asked))
+        self._seen = seen = msgspec.structs.replace(samples, networks=(*base, *asked))
         model = fit_model(seen, self.sites, before.alignments if before else None)
         return replace(
             model,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Cells = NDArray[np.int64]  # [n, 2]: channels in, channels out
+from toolkit.latency.formula import Floats
+
+Pairs = NDArray[np.int64]  # [n, 2]: channels in, channels out
 
 NEAR = 0.5  # length l, in units of ln(channels)
 SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16)  # standard deviations tried for each part of the covariance
@@ -31,16 +32,16 @@ SWEEPS = 3
 class Residual:
     """The posterior mean given relative residuals in cells."""
 
-    cells: Cells
+    cells: Pairs
     weights: Floats
     spreads: tuple[float, ...]  # in, out, cell, near
 
-    def at(self, cells: Cells) -> Floats:
+    def at(self, cells: Pairs) -> Floats:
         """Relative residual expected at each of [m, 2] cells."""
         return _covariance(cells, self.cells, self.spreads) @ self.weights
 
 
-def fit_residual(cells: Cells, relative: Floats) -> Residual:
+def fit_residual(cells: Pairs, relative: Floats) -> Residual:
     """The process given `relative` residuals [n] in `cells` [n, 2]; a cell may occur several times."""
     if not len(relative):
         return Residual(cells, relative, (0.0, 0.0, 0.0, 0.0))
@@ -80,7 +81,7 @@ def fit_residual(cells: Cells, relative: Floats) -> Residual:
     return Residual(places, weights, best)
 
 
-def _covariance(a: Cells, b: Cells, spreads: tuple[float, ...]) -> Floats:
+def _covariance(a: Pairs, b: Pairs, spreads: tuple[float, ...]) -> Floats:
     same_in, same_out = a[:, None, 0] == b[None, :, 0], a[:, None, 1] == b[None, :, 1]
     v_in, v_out, v_cell, v_near = (s * s for s in spreads)
     total: Floats = v_in * same_in + v_out * same_out + v_cell * (same_in & same_out)

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.latency.sites import Site
+
 NETWORKS = 64
+DENSE_WEIGHT = 3  # budgets are shares of the dense network, a corner of all widths: it is loaded, timed and counted so often
 HELD_OUT = 10
 SHARES = {"latin": 0.4, "scaled": 0.25, "scaled between": 0.18}  # of the networks fitted on; the rest is uniform between
 LEAST_SCALE, JITTER = 0.25, 0.35  # of networks scaled as a whole: uniform from here to 1, times exp of a normal deviate
@@ -57,10 +60,15 @@ def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: 
     return list(unique.values())
 
 
-def anchor_widths(candidates: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The widths of the network that all others are timed beside: about two thirds of the full ones."""
-    grid = {name: sorted({width for width in widths if width > 0}) for name, widths in candidates.items()}
-    return {name: min(widths, key=lambda width: abs(width - 0.65 * widths[-1])) for name, widths in grid.items()}
+def anchor_widths(full: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:
+    """The widths of the network that all others are timed beside: about two thirds of the full ones, in sixteens where there are
+    some; groups that no site's width depends on stay whole. The same for a program whatever its candidates.
+    """
+    free = {name for site in sites for name, _ in (*site.c_in.terms, *site.c_out.terms)}
+    step = {name: 16 if width >= 48 else 4 if width >= 12 else 1 for name, width in full.items()}
+    return {
+        name: max(1, round(0.65 * width / step[name]) * step[name]) if name in free else width for name, width in full.items()
+    }
 
 
 def _stratified(widths: Sequence[int], count: int, rng: np.random.Generator) -> NDArray[np.int64]:

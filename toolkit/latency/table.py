@@ -39,7 +39,7 @@ from toolkit.schema import (
 
 Entry = tuple[int, int, float, str]  # channels in, channels out, nanoseconds, kernels executed
 
-HEADER, SAMPLES, PARTIAL, ANCHOR = "header.json", "samples.json", "samples.partial.jsonl", "anchor.json"
+HEADER, SAMPLES, PARTIAL = "header.json", "samples.json", "samples.partial.jsonl"
 
 
 class NetworkSample(Record, frozen=True, kw_only=True):
@@ -62,7 +62,6 @@ class SampleSet(Record, frozen=True, kw_only=True):
     seed: int
     created_at: str
     networks: tuple[NetworkSample, ...]
-    anchor: dict[str, int]  # widths of the network that all were timed beside
     borrowed: tuple[TableRow, ...] = ()
     digest: str = ""
 
@@ -124,17 +123,6 @@ def load_samples(folder: Path, fingerprint: Fingerprint) -> SampleSet:
     return found
 
 
-def start_partial(folder: Path, anchor: Mapping[str, int]) -> dict[str, int]:
-    """Begin, or go on with, an unfinished measurement; the anchor's widths, which stay those it began with."""
-    path = folder / ANCHOR
-    if not path.exists():
-        write_text(path, msgspec.json.encode(dict(anchor)).decode())
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
-    except msgspec.MsgspecError:
-        raise TableError(f"The latency table file {path} cannot be read.", f"Run: rm -rf {shlex.quote(str(folder))}") from None
-
-
 def append_partial(folder: Path, network: NetworkSample) -> None:
     """Keep a network as soon as it is measured."""
     with (folder / PARTIAL).open("ab") as stream:
@@ -167,8 +155,7 @@ def read_partial(folder: Path) -> list[NetworkSample]:
 
 def end_partial(folder: Path) -> None:
     """All of it is in `samples.json` now."""
-    for name in (PARTIAL, ANCHOR):
-        (folder / name).unlink(missing_ok=True)
+    (folder / PARTIAL).unlink(missing_ok=True)
 
 
 # --- all kernels of a device --------------------------------------------------------------------------------------------------

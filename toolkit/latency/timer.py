@@ -60,14 +60,13 @@ class Timer:
         """
         end = self.now_s() + allowance_s
         opened = [self._visit(path, self._profile.precision) for _ in range(loads)]
-        own = opened[0]
-        times, lost = self._profiled(path, widths, own, allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
+        times, lost = self._profiled(path, widths, opened[0], allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
         taken: dict[str, list[Times]] = {"reference": [self._take(self._reference)], "anchor": [], "own": []}
         while not self._enough(taken, end):
-            own = opened[len(taken["own"]) % loads]
-            turns = ("anchor", "own") if len(taken["own"]) % 2 else ("own", "anchor")
-            for name in turns:
-                taken[name].append(self._take(own if name == "own" else self._anchor))
+            rounds = len(taken["own"])
+            turns = {"own": opened[rounds % loads], "anchor": self._anchor}
+            for name in turns if rounds % 2 == 0 else reversed(turns):
+                taken[name].append(self._take(turns[name]))
         level = {name: undisturbed(np.concatenate(samples), NETWORK_SHARE) for name, samples in taken.items()}
         return NetworkSample(
             widths=dict(widths),
@@ -91,6 +90,8 @@ class Timer:
 
     def _profiled(self, path: Path, widths: Mapping[str, int], own: Visit, seconds: float) -> tuple[list[SpanTime], float]:
         """Times by place: from the runtime's profile, or of segments where that does not tell the places apart."""
+        import onnx
+
         if not self._segments:
             one_s = max(1, int(np.median(time_burst(own.call, 2, self.clock)))) / 1e9
             runs = int(np.clip(seconds / one_s, MIN_RUNS, MAX_RUNS))
@@ -102,12 +103,8 @@ class Timer:
             if not self._segments:
                 message = f"{self._profile.runtime} shows too little of where the time goes, and this network cannot be cut."
                 raise TableError(message, "Report the model with the runtime's version.")
-        return [self._segment(part, model) for model in [self._shaped(widths)] for part in self._segments], 0.0
-
-    def _shaped(self, widths: Mapping[str, int]) -> Any:
-        import onnx
-
-        return onnx.shape_inference.infer_shapes(self._maker.make(widths), data_prop=True)
+        model = onnx.shape_inference.infer_shapes(self._maker.make(widths), data_prop=True)
+        return [self._segment(part, model) for part in self._segments], 0.0
 
     def _segment(self, part: Segment, model: Any) -> SpanTime:
         """One segment timed as a network of its own."""
