@@ -16,11 +16,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    ((?:\./tools/\w|tools/\w|edgekit ).*)$", README, re.M)]
 
 
-def run(command: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        command, shell=True, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=900
-    )
+    around = os.environ | {"PATH": path, "EDGEKIT_CACHE": str(cache)}
+    return subprocess.run(command, shell=True, cwd=ROOT, env=around, capture_output=True, text=True, timeout=900)
 
 
 def test_the_readme_has_the_two_commands_and_they_can_be_run() -> None:
@@ -58,11 +57,11 @@ def test_the_lines_of_python_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_the_commands_do_what_the_readme_says() -> None:
+def test_the_commands_do_what_the_readme_says(tmp_path: Path) -> None:
     for command in COMMANDS:
         if command == "./tools/test":
             continue  # it is what runs this
-        done = run(command)
+        done = run(command, tmp_path / "cache")
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         last = done.stdout.strip().splitlines()[-1]
         if command == "./tools/quickstart" or command.startswith("edgekit run"):

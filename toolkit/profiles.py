@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from toolkit.errors import UsageError
-from toolkit.schema import Fingerprint, Profile, TableHeader, from_json, load_json
+from toolkit.schema import SCHEMA, Fingerprint, Profile, TableHeader, from_json, load_json
 
 # Instruction sets that change which kernels a runtime picks. /proc/cpuinfo calls the list `flags` on x86, `Features` on Arm.
 INSTRUCTION_SETS = (
@@ -119,8 +119,8 @@ def cache_dir() -> Path:
 
 
 def table_dir(fingerprint: Fingerprint) -> Path:
-    """The folder of one fingerprint's latency table."""
-    return cache_dir() / "latency" / fingerprint.id
+    """The folder of one fingerprint's latency table. Another schema's tables are left to the edgekit that wrote them."""
+    return cache_dir() / "latency" / f"schema-{SCHEMA}" / fingerprint.id
 
 
 def _known() -> tuple[str, ...]:

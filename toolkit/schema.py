@@ -20,7 +20,7 @@ import msgspec
 
 from toolkit.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 
 GroupKind = Literal["conv", "neurons", "residual", "heads", "head_dim"]
 Category = Literal["critical", "neutral", "detrimental", "undecided"]
