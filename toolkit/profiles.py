@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from toolkit.errors import UsageError
-from toolkit.schema import SCHEMA, Fingerprint, Profile, TableHeader, from_json, load_json
+from toolkit.schema import Fingerprint, Profile, TableHeader, from_json, load_json
 
 # Instruction sets that change which kernels a runtime picks. /proc/cpuinfo calls the list `flags` on x86, `Features` on Arm.
 INSTRUCTION_SETS = (
@@ -20,6 +20,8 @@ INSTRUCTION_SETS = (
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
     *("neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
+
+TABLE_FORMAT = 2  # of the latency tables in the cache; counts up where older ones cannot be read any more
 
 _ID = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 _LIST = "Run `edgekit profiles` for the list, or give the path of a folder with a profile.json."
@@ -119,8 +121,8 @@ def cache_dir() -> Path:
 
 
 def table_dir(fingerprint: Fingerprint) -> Path:
-    """The folder of one fingerprint's latency table. Another schema's tables are left to the edgekit that wrote them."""
-    return cache_dir() / "latency" / f"schema-{SCHEMA}" / fingerprint.id
+    """The folder of one fingerprint's latency table. Tables of another format are left to the edgekit that wrote them."""
+    return cache_dir() / "latency" / f"format-{TABLE_FORMAT}" / fingerprint.id
 
 
 def _known() -> tuple[str, ...]:

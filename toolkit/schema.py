@@ -20,7 +20,7 @@ import msgspec
 
 from toolkit.errors import UsageError
 
-SCHEMA = 2
+SCHEMA = 1
 
 GroupKind = Literal["conv", "neurons", "residual", "heads", "head_dim"]
 Category = Literal["critical", "neutral", "detrimental", "undecided"]
