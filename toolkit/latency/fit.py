@@ -13,7 +13,6 @@ from toolkit.latency.formula import Floats, fit_formula
 from toolkit.latency.level import calibrate
 from toolkit.latency.predict import UNJUDGED, KernelFit, LatencyModel
 from toolkit.latency.residual import fit_residual
-from toolkit.latency.sampling import DENSE_WEIGHT
 from toolkit.latency.sites import Site
 from toolkit.latency.table import Entry, NetworkSample, SampleSet
 from toolkit.schema import HeldOut
@@ -33,14 +32,11 @@ def fit_model(samples: SampleSet, sites: Sequence[Site], alignments: Mapping[str
     known = [network.widths for network in fitted]
     held = [network for network in samples.of("held_out") if network.widths not in known]
     kinds = {site.key: site.kind for site in sites}
-    seen = {key: _columns(found) for key, found in observe(fitted, sites, samples)[0].items()}
-    by_kind: dict[str, list[Observations]] = {}
-    for key, data in seen.items():
-        by_kind.setdefault(kinds[key], []).append(data)
-    dense = max(fitted, key=lambda network: sum(network.widths.values()))
-    weighted = [*fitted, *[dense] * (DENSE_WEIGHT - 1)]
-    entries, overhead = observe(weighted, sites, samples)
+    entries, overhead = observe(fitted, sites, samples)
     observed = {key: _columns(found) for key, found in entries.items()}
+    by_kind: dict[str, list[Observations]] = {}
+    for key, data in observed.items():
+        by_kind.setdefault(kinds[key], []).append(data)
     if alignments is None:
         alignments = {kind: probe_alignment(by_kind[kind]) for kind in sorted(by_kind)}
     fits: dict[tuple[str, str], KernelFit] = {}
@@ -52,7 +48,7 @@ def fit_model(samples: SampleSet, sites: Sequence[Site], alignments: Mapping[str
         tuple(sites), alignments, fits, samples.reference_ns, overhead,
         evidence=tuple(evidence(kind, by_kind[kind], alignments[kind]) for kind in sorted(by_kind)),
     )  # fmt: skip
-    model = calibrate(profiled, weighted, samples)
+    model = calibrate(profiled, fitted, samples)
     return replace(model, held_out=judge(model, held, samples))
 
 

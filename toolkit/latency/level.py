@@ -19,7 +19,7 @@ NOISE = 0.01  # relative, of one network's end-to-end latency
 
 
 def calibrate(model: LatencyModel, networks: Sequence[NetworkSample], samples: SampleSet) -> LatencyModel:
-    """Fit to end-to-end times of these networks, each as often as it is listed: the level and a time per site, each kernel's
+    """Fit to end-to-end times of these networks: the level and a time per site, each kernel's
     factor around the level, and what a dropped place leaves behind or saves in its neighbours.
 
     Bayesian linear regression around the profile; how far it may go from there is chosen by cross-validation.

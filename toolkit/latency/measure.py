@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from toolkit.devices import Device
 from toolkit.errors import TableError
 from toolkit.latency.fit import fit_model, observe
 from toolkit.latency.predict import LatencyModel
-from toolkit.latency.sampling import DENSE_WEIGHT, NETWORKS, anchor_widths, sample_widths
+from toolkit.latency.sampling import DENSE_VISITS, NETWORKS, anchor_widths, sample_widths
 from toolkit.latency.sites import Site, find_sites
 from toolkit.latency.table import (
     HEADER,
@@ -163,9 +165,8 @@ class ModelTable:
     ) -> SampleSet:
         """The samples with all that is wanted, measured where it is missing, and on disk."""
         kept = list(done.networks) if done else []
-        saved = {identity(network) for network in kept}  # killed between two files, one may hold what the other has
-        networks = kept + [network for network in read_partial(self.own) if identity(network) not in saved]
-        missing = [item for item in wanted if not self._has(networks, item)]
+        networks = kept + [n for n in read_partial(self.own) if n not in kept]  # killed between two files, both may hold one
+        missing = _missing(networks, wanted)
         if done and not missing and len(networks) == len(kept):
             end_partial(self.own)
             return done
@@ -177,11 +178,9 @@ class ModelTable:
             timer, level = self._open_timer(networks)
             end = timer.now_s() + seconds
             for position, (role, widths, path) in enumerate(missing):
-                dense = widths == self.maker.widths
-                allowance = max(0.0, end - timer.now_s()) / (len(missing) - position) * (DENSE_WEIGHT if dense else 1)
+                allowance = max(0.0, end - timer.now_s()) / (len(missing) - position)
                 file = path or self.maker.write(widths, self.own)
-                loads = DENSE_WEIGHT if dense else 1
-                network = timer.measure(file, role, widths, allowance, variant=path is None, loads=loads)
+                network = timer.measure(file, role, widths, allowance, variant=path is None)
                 network = msgspec.structs.replace(network, ratio=network.ratio * level)
                 networks.append(network)
                 append_partial(self.own, network)
@@ -203,16 +202,15 @@ class ModelTable:
             anchor = self.maker.write(anchor_widths(self.maker.widths, self.sites), self.own, "anchor.onnx")
             self._timer = Timer(self.profile, self.device, self.own, anchor, self.maker, self.sites)
             self._level = 1.0
-            dense = next((network for network in known if network.widths == self.maker.widths), None)
-            if dense:
-                file = self.maker.write(self.maker.widths, self.own)
-                again = self._timer.measure(file, "train", dense.widths, PLAN_S, variant=False, loads=DENSE_WEIGHT)
-                self._level = dense.ratio / again.ratio
+            before = [network.ratio for network in known if network.widths == self.maker.widths]
+            if before:
+                file, visit_s = self.maker.write(self.maker.widths, self.own), PLAN_S / DENSE_VISITS
+                again = [
+                    self._timer.measure(file, "train", self.maker.widths, visit_s, variant=False).ratio
+                    for _ in range(DENSE_VISITS)
+                ]
+                self._level = float(np.mean(before) / np.mean(again))
         return self._timer, self._level
-
-    def _has(self, networks: Sequence[NetworkSample], item: Wanted) -> bool:
-        wanted = identity(item[:2])
-        return any(identity(network) == wanted for network in networks)
 
     def _borrow(self) -> tuple[TableRow, ...]:
         """Rows that other models measured of this program's kernels."""
@@ -242,6 +240,17 @@ class ModelTable:
             table_id=f"{self.fingerprint.id}-{digest(msgspec.structs.replace(samples, networks=tuple(base)))[:8]}",
             rows=len({(s.key, s.c_in.at(n.widths), s.c_out.at(n.widths)) for s in self.sites for n in base if n.spans}),
         )
+
+
+def _missing(networks: Sequence[NetworkSample], wanted: Sequence[Wanted]) -> list[Wanted]:
+    """What was not measured, or not as often as it is wanted."""
+    there = Counter(identity(network) for network in networks)
+    missing = []
+    for item in wanted:
+        there[identity(item[:2])] -= 1
+        if there[identity(item[:2])] < 0:
+            missing.append(item)
+    return missing
 
 
 def _coverage(samples: SampleSet) -> float:

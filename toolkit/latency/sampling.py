@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from toolkit.latency.sites import Site
 
 NETWORKS = 64
-DENSE_WEIGHT = 3  # budgets are shares of the dense network, a corner of all widths: it is loaded, timed and counted so often
+DENSE_VISITS = 5  # budgets are shares of the dense network, a corner of all widths: it is loaded anew and timed so often
 HELD_OUT = 10
 SHARES = {"latin": 0.4, "scaled": 0.25, "scaled between": 0.18}  # of the networks fitted on; the rest is uniform between
-LEAST_SCALE, JITTER = 0.25, 0.35  # of networks scaled as a whole: uniform from here to 1, times exp of a normal deviate
+LEAST_SCALE, JITTER = 0.25, 0.35  # of networks scaled as a whole, times exp of a normal deviate
 
 
 def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: int) -> list[tuple[str, dict[str, int]]]:
@@ -21,7 +21,8 @@ def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: 
 
     Dense and floor; a Latin hypercube, so that every candidate of every group occurs; networks like those a plan makes, scaled
     as a whole with some jitter; and both kinds between the candidates, which show the steps. Held-out ones are of the last
-    three kinds in turn.
+    three kinds in turn. The dense network comes DENSE_VISITS times, evenly spread: what it measures is the denominator of every
+    budget, and a machine has spells that bear harder on large networks than on small ones.
     """
     rng = np.random.default_rng(seed)
     grid = {name: sorted({width for width in widths if width > 0}) for name, widths in candidates.items()}
@@ -31,7 +32,7 @@ def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: 
     columns = {name: _stratified(widths, latin, rng) for name, widths in grid.items()}
 
     def proportional() -> dict[str, float]:
-        scale = rng.uniform(LEAST_SCALE, 1.0)
+        scale = rng.uniform(LEAST_SCALE**2, 1.0) ** 0.5  # so that the work, not the width, is spread evenly
         return {name: widths[-1] * scale * float(np.exp(rng.normal(0, JITTER))) for name, widths in grid.items()}
 
     def uniform() -> dict[str, float]:
@@ -57,7 +58,11 @@ def sample_widths(candidates: Mapping[str, Sequence[int]], networks: int, seed: 
     unique: dict[tuple[int, ...], tuple[str, dict[str, int]]] = {}  # of small networks some come out twice
     for role, widths in (plan[index] for index in order):
         unique.setdefault(tuple(widths.values()), (role, widths))
-    return list(unique.values())
+    dense, *others = unique.values()
+    between_visits = len(others) / (DENSE_VISITS - 1)
+    for visit in range(DENSE_VISITS - 1, -1, -1):
+        others.insert(round(visit * between_visits), dense)
+    return others
 
 
 def anchor_widths(full: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:

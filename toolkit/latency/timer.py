@@ -52,20 +52,16 @@ class Timer:
         return self.clock() / 1e9
 
     def measure(
-        self, path: Path, role: str, widths: Mapping[str, int], allowance_s: float, *, variant: bool = True, loads: int = 1
+        self, path: Path, role: str, widths: Mapping[str, int], allowance_s: float, *, variant: bool = True
     ) -> NetworkSample:
-        """Both passes over one network within about `allowance_s`; without a profile where it is no variant of the maker's.
-
-        Where a runtime happens to lay a network in memory is worth some per cent, so one that matters is loaded several times.
-        """
+        """Both passes over one network within about `allowance_s`; without a profile where it is no variant of the maker's."""
         end = self.now_s() + allowance_s
-        opened = [self._visit(path, self._profile.precision) for _ in range(loads)]
-        times, lost = self._profiled(path, widths, opened[0], allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
+        own = self._visit(path, self._profile.precision)
+        times, lost = self._profiled(path, widths, own, allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
         taken: dict[str, list[Times]] = {"reference": [self._take(self._reference)], "anchor": [], "own": []}
         while not self._enough(taken, end):
-            rounds = len(taken["own"])
-            turns = {"own": opened[rounds % loads], "anchor": self._anchor}
-            for name in turns if rounds % 2 == 0 else reversed(turns):
+            turns = {"own": own, "anchor": self._anchor}
+            for name in turns if len(taken["own"]) % 2 == 0 else reversed(turns):
                 taken[name].append(self._take(turns[name]))
         level = {name: undisturbed(np.concatenate(samples), NETWORK_SHARE) for name, samples in taken.items()}
         return NetworkSample(
