@@ -25,6 +25,11 @@ def test_a_share_is_relative(text: str, ratio: float) -> None:
     assert (budget.ratio, budget.latency_ns) == (ratio, 0)
 
 
+def test_none_is_no_limit() -> None:
+    assert parse_budget(" None ").unlimited
+    assert not parse_budget("1x").unlimited
+
+
 @pytest.mark.parametrize(("text", "advice"), [("8", "8ms or 0.8x"), ("0.5", "0.5ms or 0.5x")])
 def test_a_bare_number_is_asked_for_its_unit_and_the_advice_works(text: str, advice: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from toolkit.graph import Program, apply, example_input, trace
 from toolkit.prune import effects as causes
-from toolkit.prune.consumers import consumer, rows, scored
+from toolkit.prune.consumers import Consumer, consumer, product, rows, scored
 from toolkit.prune.engine import Engine, cache, chunked, distortion, joined
 from toolkit.prune.order import RIDGE, Linear, damped, eliminate
-from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, score
-from toolkit.prune.repair import outputs, repair, ridge_solver
+from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, kept_channels, score
+from toolkit.prune.repair import RIDGES, Goal, outputs, refit, repair, ridge_solver
 from toolkit.prune.responses import group_responses, masked
 
 SHAPE = (1, 3, 8, 8)
@@ -241,8 +241,32 @@ def test_the_ridge_solution_is_stationary_in_primal_and_dual(n, d) -> None:
     assert gradient.abs().max() < 1e-3
 
 
-def test_rows_times_weight_are_the_operators_output() -> None:
-    program = traced(patterns.OptionA)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_a_grouped_operator_is_solved_group_by_group(groups) -> None:
+    generator = torch.Generator().manual_seed(0)
+    c = Consumer("node", "source", "weight", "bias", "", "", (3, 3), 6, groups)
+    share = c.columns // groups
+    weight, wanted = (torch.randn(12, 6 // groups, 3, 3, generator=generator) for _ in range(2))
+    params = {"weight": weight, "bias": torch.zeros(12)}
+    x = torch.randn(400, c.columns, generator=generator)
+    target = torch.cat(
+        [part @ w.reshape(-1, share).T for part, w in zip(x.split(share, 1), wanted.split(12 // groups), strict=True)], 1
+    )
+    assert torch.allclose(product(c, x, wanted.reshape(12, share)), target, atol=1e-4)
+    changed, layer = refit(c, params, x, Goal(target, torch.ones(12, dtype=torch.bool), torch.ones(12)), images=40)
+    assert layer.ridge == min(RIDGES) and layer.after < 1e-4 < layer.before
+    assert torch.allclose(changed["weight"], wanted, atol=0.02)
+    for part, residual, now, old in zip(
+        x.split(share, 1), (target - product(c, x, weight.reshape(12, share))).split(12 // groups, 1),
+        changed["weight"].split(12 // groups), weight.split(12 // groups), strict=True,
+    ):  # fmt: skip
+        alone = ridge_solver(part - part.mean(0), residual - residual.mean(0))(layer.ridge)
+        assert torch.allclose(now.reshape(-1, share), (old.reshape(-1, share) + alone).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [patterns.OptionA, patterns.Separable])
+def test_rows_times_weight_are_the_operators_output(pattern) -> None:
+    program = traced(pattern)
     engine, x = Engine.of(program), images(3)
     for node in engine.steps:
         c = consumer(program, node) if node.op == "call_function" else None
@@ -251,7 +275,7 @@ def test_rows_times_weight_are_the_operators_output() -> None:
         kept = engine.run(x, keep={c.source, c.node})[1]
         sample, at = rows(c, node, kept[c.source], 10**6, torch.Generator().manual_seed(0))
         expected = kept[c.node].flatten(2).transpose(1, 2) if kept[c.node].ndim == 4 else kept[c.node][:, None]
-        found = sample @ engine.params[c.weight].flatten(1).T + engine.params[c.bias]
+        found = product(c, sample, engine.params[c.weight].flatten(1)) + (engine.params[c.bias] if c.bias else 0.0)
         assert torch.allclose(found.reshape(expected.shape), expected, atol=1e-5)
 
 
@@ -321,7 +345,7 @@ def test_a_dropped_branch_has_the_response_of_its_cut() -> None:
     assert found.responses[0].distortion == pytest.approx(distortion(gone, cached.outputs), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["causal", "taylor", "l1", "l2", "random"])
+@pytest.mark.parametrize("method", ["causal", "cswap", "taylor", "l1", "l2", "random"])
 def test_two_rounds_compose_to_original_channels_and_are_repeatable(method) -> None:
     program = traced(patterns.Separable)
     x = images(48).numpy()
@@ -342,7 +366,8 @@ def test_two_rounds_compose_to_original_channels_and_are_repeatable(method) -> N
                 effect_passes=0.0,
                 progress=quiet,
             )
-            state = cut(program, state, scores, widths, x, repair_=method == "causal", seed=0, progress=quiet).state
+            kept = kept_channels(state, scores, widths)
+            state = cut(program, state, kept, x, repair_=method == "causal", seed=0, progress=quiet).state
         return state
 
     first, second = twice(), twice()

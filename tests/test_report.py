@@ -104,6 +104,7 @@ def page() -> Page:
             "MISSED  8.40 ms median (predicted 7.65, budget 8.00)  1.91x  top-1 -0.4",
         ),
         (UNLABELLED, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  agreement 96.5 %"),
+        ({"budget": "none"}, "MET  7.81 ms median (predicted 7.65, no budget)  2.1x  top-1 -0.4"),
         ({"valid": False}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 -0.4  not valid"),
         ({"accuracy_pruned": 0.9384}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 0.0"),
         ({"accuracy_pruned": 0.9504}, "MET  7.81 ms median (predicted 7.65, budget 8.00)  2.1x  top-1 +1.2"),
@@ -120,7 +121,18 @@ def page() -> Page:
             "MISSED  7.65 ms median predicted, nothing measured (budget 8.00)",
         ),
     ],
-    ids=["met", "missed", "no labels", "not valid", "no loss", "gain", "microseconds", "narrowly missed", "nothing measured"],
+    ids=[
+        "met",
+        "missed",
+        "no labels",
+        "no budget",
+        "not valid",
+        "no loss",
+        "gain",
+        "microseconds",
+        "narrowly missed",
+        "nothing measured",
+    ],
 )
 def test_verdict_line(changes: dict[str, object], line: str) -> None:
     assert verdict_line(samples.report(**{"budget_ns": 8.0e6, "speedup": 2.1} | changes)) == line

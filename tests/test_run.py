@@ -54,6 +54,7 @@ def finished(tmp_path_factory) -> Path:
         patch.setenv("EDGEKIT_CACHE", str(folder / "cache"))
         assert until_met(request(folder / "out", "0.6x")).verdict == "met"
         job.run(request(folder / "again", "0.6x"), quiet)
+        job.run(request(folder / "free", "none"), quiet)
         with pytest.raises(BudgetError) as caught:
             job.run(request(folder / "floor", "0.001x"), quiet)
         (folder / "floor.txt").write_text(str(caught.value))
@@ -67,6 +68,16 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.timed
 def test_a_run_is_verified_from_outside(finished) -> None:
     code, text = verify(finished / "out")
+    assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+def test_without_a_budget_only_what_does_no_harm_goes(finished) -> None:
+    report = load_json(Report, finished / "free" / "report.json")
+    assert (report.verdict, report.budget, report.critical_removed) == ("met", "none", 0)
+    assert report.parameters_pruned < report.parameters_dense and report.agreement >= 0.98
+    code, text = verify(finished / "free")
     assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
 
 
@@ -175,3 +186,4 @@ def test_accuracy_is_counted_in_pairs() -> None:
 
 def test_deeper_cuts_take_more_rounds() -> None:
     assert [rounds_for(b) for b in (0.95, 0.8, 0.5)] == [1, 2, 3]
+    assert {rounds_for(b, "cswap") for b in (0.95, 0.8, 0.5)} == {5}

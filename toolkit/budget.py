@@ -6,22 +6,24 @@ import math
 import re
 
 from toolkit.errors import UsageError
-from toolkit.schema import Budget
+from toolkit.schema import NO_BUDGET, Budget
 
 _NANOSECONDS = {"ns": 1.0, "us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
 _WRITTEN = re.compile(
     r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf))\s*(ns|us|µs|μs|ms|s|x)?", re.IGNORECASE
 )
-_EXAMPLES = "Write --budget as a time like 8ms, 350us or 1.5s, or as a share of the dense model's latency like 0.5x."
+_EXAMPLES = "Write --budget as a time like 8ms, 350us or 1.5s, as a share of the dense model's latency like 0.5x, or none."
 
 
 def parse_budget(text: str) -> Budget:
-    """`8ms`, `350us`, `1.5s`: a time; `0.5x`: a share, over 0 and at most 1, of the dense model's latency.
+    """`8ms`, `350us`, `1.5s`: a time; `0.5x`: a share, over 0 and at most 1, of the dense model's latency; `none`: no limit.
 
     Raises:
         UsageError: malformed, without a unit, not positive, not finite, or a share over 1.
     """
     text = text.strip()
+    if text.lower() == NO_BUDGET:
+        return Budget(text=NO_BUDGET, ratio=1.0)
     found = _WRITTEN.fullmatch(text)
     if not found:
         raise UsageError(f"The budget {text!r} is not a time or a share.", _EXAMPLES)

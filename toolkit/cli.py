@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.schema import Preprocess, Profile, Report
 
 Progress = Callable[[str, float, float], None]
-METHODS = ("causal", "taylor", "l1", "l2", "random")
+METHODS = ("causal", "cswap", "taylor", "l1", "l2", "random")
 INTERRUPTED, UNEXPECTED = 130, 70
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -259,7 +259,7 @@ def out_option(default: str) -> Callable[[Any], Any]:
 
 
 weights_option = click.option("--weights", default="", help="State dict: .safetensors or .pt; no code is run.")
-budget_option = click.option("--budget", required=True, help="8ms, 350us, or 0.5x of the dense.")
+budget_option = click.option("--budget", required=True, help="8ms, 350us, 0.5x of the dense, or none.")
 input_options = options(
     click.option("--input", "input_", callback=numbers(int, "x"), metavar="1xCxHxW", help="Input shape, e.g. 1x3x224x224."),
     click.option("--resize", type=int, help="Short side before the crop."),

@@ -21,6 +21,7 @@ import msgspec
 from toolkit.errors import UsageError
 
 SCHEMA = 1
+NO_BUDGET = "none"  # as a budget is written
 
 GroupKind = Literal["conv", "neurons", "residual", "heads", "head_dim"]
 Category = Literal["critical", "neutral", "detrimental", "undecided"]
@@ -53,6 +54,11 @@ class Budget(Record, frozen=True, kw_only=True):
     latency_ns: float = 0.0
     ratio: float = 0.0
 
+    @property
+    def unlimited(self) -> bool:
+        """No budget: only what does no harm goes."""
+        return self.text == NO_BUDGET
+
 
 class RunRequest(Record, frozen=True, kw_only=True):
     """The whole of what `edgekit run` was asked. `preprocess` None: the model's own, where it has one."""
@@ -67,7 +73,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     classes: str = ""
     preprocess: Preprocess | None = None
     statistic: Statistic = "median"
-    method: Literal["causal", "taylor", "l1", "l2", "random"] = "causal"
+    method: Literal["causal", "cswap", "taylor", "l1", "l2", "random"] = "causal"
     repair: bool = True
     samples: int = 512
     seed: int = 0

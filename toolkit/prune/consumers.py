@@ -1,7 +1,8 @@
 """A consumer is a convolution or linear seen as a linear map: rows X [n, D] times weight [O, D].
 
 D runs over input channels and, within a channel, over the kernel. Entry e of input channel i is column i * k + e with k the
-kernel's size.
+kernel's size. A grouped convolution is one such map a group, on its own D / groups columns: a depthwise one has the k of its
+channel.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Consumer:
         weight, bias: parameter paths; bias "" where there is none.
         norm: the BatchNorm node that alone reads its output, "" if none; `norm_mean` that norm's running mean.
         window: the kernel's height and width, () for linears; `channels` input channels.
+        groups: independent maps that the channels are dealt to, in order.
     """
 
     node: str
@@ -41,6 +43,7 @@ class Consumer:
     norm_mean: str
     window: tuple[int, ...]
     channels: int
+    groups: int = 1
 
     @property
     def kernel(self) -> int:
@@ -54,11 +57,12 @@ class Consumer:
 
 
 def consumer(program: Program, node: Node) -> Consumer | None:
-    """The operator as a linear map; None for grouped, 1-d and 3-d convolutions."""
+    """The operator as a linear map; None for 1-d and 3-d convolutions."""
+    groups = 1
     if node.target is aten.linear.default:
         window: tuple[int, ...] = ()
-    elif node.target is aten.conv2d.default and argument(node, 6, "groups", 1) == 1:
-        window = program.shapes[operand(node, 1).name][2:]
+    elif node.target is aten.conv2d.default:
+        window, groups = program.shapes[operand(node, 1).name][2:], int(argument(node, 6, "groups", 1))
     else:
         return None
     bias = argument(node, 2, "bias")
@@ -72,8 +76,26 @@ def consumer(program: Program, node: Node) -> Consumer | None:
         norm=norm.name if norm else "",
         norm_mean=str(operand(norm, 3).target) if norm else "",
         window=window,
-        channels=program.shapes[operand(node, 1).name][1],
+        channels=program.shapes[operand(node, 1).name][1] * groups,
+        groups=groups,
     )
+
+
+def product(c: Consumer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The map's outputs [n, O] from rows [n, D] and weight [O, D / groups]."""
+    if c.groups == 1:
+        return x @ weight.T
+    return joined_groups(grouped(c, x) @ weight.reshape(c.groups, -1, weight.shape[1]).mT)
+
+
+def grouped(c: Consumer, x: torch.Tensor) -> torch.Tensor:
+    """[n, anything] as [groups, n, its share]."""
+    return x.reshape(len(x), c.groups, -1).transpose(0, 1)
+
+
+def joined_groups(y: torch.Tensor) -> torch.Tensor:
+    """[groups, n, share] as [n, all]."""
+    return y.transpose(0, 1).flatten(1)
 
 
 def unscored(program: Program, group: ChannelGroup) -> str:
@@ -82,7 +104,8 @@ def unscored(program: Program, group: ChannelGroup) -> str:
         return "it divides the channels of another group; the number of those is what is allocated"
     if program.reduced.intersection(program.units[group.name].tolist()):
         return "an operator looks at all its channels together; a cut would change it in ways not measured yet"
-    if any(consumer(program, program.nodes[n]) is None for n in group.consumers):
+    maps = [consumer(program, program.nodes[name]) for name in group.consumers]
+    if any(c is None or c.groups > 1 for c in maps):
         return "a consumer of it is neither a plain convolution nor a linear"
     return ""
 

@@ -36,6 +36,7 @@ EPSILON = 1e-3
 NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
 INTERVENTION_IMAGES = 64
 DISCOVERY_RATE = 0.05
+TIERS: dict[Category, int] = {"detrimental": 0, "neutral": 1, "undecided": 2, "critical": 3}  # which go first
 
 Progress = Callable[[str, float, float], None]
 Array = npt.NDArray[np.float64]

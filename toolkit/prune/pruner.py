@@ -15,7 +15,7 @@ import torch
 
 from toolkit.graph import Program, apply, prove
 from toolkit.prune.consumers import unscored
-from toolkit.prune.effects import Sensitivity, measure_effects, sensitivities
+from toolkit.prune.effects import TIERS, Sensitivity, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
 from toolkit.prune.repair import Repaired, outputs, repair
 from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order
@@ -25,6 +25,7 @@ RESPONSE_MACS = 2.5e12  # multiply-accumulates that one round of responses may c
 RESPONSE_IMAGES = (24, 192)
 FIT_MACS = 1e12  # likewise for the images that responses are solved on
 FIT_IMAGES = (64, 384)
+CRITICAL = 100.0  # how much more a critical or undecided channel costs, in C-SWAP
 CACHE_BYTES = 2e9  # activations that scoring may hold
 REPAIR_BYTES = 3e9  # activations that the repair may hold
 
@@ -44,10 +45,13 @@ class State:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a round knows: order of removal and responses by group, effects of all channels (current indices)."""
+    """What a round knows: order of removal and responses by group, effects of all channels (current indices), and what a plan
+    loses, by group and width, relative to the width it has now.
+    """
 
     groups: Mapping[str, GroupResponses]
     effects: Sequence[Effect]
+    losses: Mapping[str, Mapping[int, float]]
     images: int
 
 
@@ -101,7 +105,7 @@ def score(
 
     Args:
         candidates: widths to ask about by group; groups that are missing are left alone.
-        method: `causal`, or a baseline order: `taylor`, `l1`, `l2`, `random`.
+        method: `causal`; `cswap`, which has no responses; or a baseline order: `taylor`, `l1`, `l2`, `random`.
     """
     program = state.program
     names = [g.name for g in program.prunable if g.name in candidates]
@@ -117,6 +121,8 @@ def score(
     sensitivity = sensitivities(program, engine, sample, seed)
     progress("activations", 1, 1)
     effects = measure_effects(cached, sensitivity, progress, effect_passes)
+    if method == "cswap":
+        return summed(program, effects, asked, count)
     found = {}
     for i, name in enumerate(names):
         progress(f"responses, round {round_ + 1}", i, len(names))
@@ -125,7 +131,29 @@ def score(
             cached, fit, reference, name, asked[name], orders, sensitivity, repair=repair, round_=round_
         )
     progress(f"responses, round {round_ + 1}", len(names), len(names))
-    return Scores(found, effects, count)
+    return Scores(found, effects, {name: measured_losses(group) for name, group in found.items()}, count)
+
+
+def measured_losses(group: GroupResponses) -> dict[int, float]:
+    """Added distortion by width."""
+    now = max(group.responses, key=lambda r: r.width).distortion
+    return {r.width: r.distortion - now for r in group.responses}
+
+
+def summed(program: Program, effects: Sequence[Effect], asked: Mapping[str, Sequence[int]], images: int) -> Scores:
+    """C-SWAP's scores: a width loses the summed effects of the channels that go, in tiers.
+
+    A channel costs -effect (log-odds; a detrimental one is a gain), and CRITICAL times as much where it is critical or
+    undecided, so that a plan touches those only where nothing else reaches the budget.
+    """
+    orders, losses = {}, {}
+    for name, widths in asked.items():
+        own = sorted((e for e in effects if e.group == name), key=lambda e: (TIERS[e.category], -e.effect_logodds))
+        weights = [CRITICAL if TIERS[e.category] >= TIERS["undecided"] else 1.0 for e in own]
+        costs = np.cumsum([0.0, *(-e.effect_logodds * w for e, w in zip(own, weights, strict=True))])
+        orders[name] = GroupResponses((), tuple(e.channel for e in own))
+        losses[name] = {w: float(costs[program.group(name).width - w]) for w in widths}
+    return Scores(orders, effects, losses, images)
 
 
 def removal_orders(
@@ -150,23 +178,27 @@ def removal_orders(
     return {method: magnitude_order(program, group, engine.params, 1 if method == "l1" else 2)}
 
 
+def kept_channels(state: State, scores: Scores, widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """The channels that stay, of every group that gets narrower."""
+    kept = {}
+    for name, found in scores.groups.items():
+        width, now = widths[name], state.program.group(name).width
+        if width < now:
+            kept[name] = sorted(found.order[now - width :])
+    return kept
+
+
 def cut(
     dense: Program,
     state: State,
-    scores: Scores,
-    widths: Mapping[str, int],
+    kept: Mapping[str, Sequence[int]],
     images: np.ndarray[Any, Any],
     *,
     repair_: bool,
     seed: int,
     progress: Progress,
 ) -> Cut:
-    """Slice the program to these widths, prove the slices, and repair."""
-    kept = {}
-    for name, found in scores.groups.items():
-        width, now = widths[name], state.program.group(name).width
-        if width < now:
-            kept[name] = sorted(found.order[now - width :])
+    """Slice the program to these channels (current indices, ascending), prove the slices, and repair."""
     sliced = apply(state.program, kept)
     proof = prove(state.program, sliced, kept, seed)
     alive = dict(state.alive)

@@ -20,16 +20,17 @@ import msgspec
 import torch
 from torch.fx import Node
 
-from toolkit.graph import Program
+from toolkit.graph import Branch, Program
 from toolkit.graph.program import attribute, operand
 from toolkit.graph.rules import aten
-from toolkit.prune.consumers import Consumer, can_shift, consumer, matrix, rows, shifted, target_rows
-from toolkit.prune.engine import Engine, Values, chunked, distortion, joined
+from toolkit.prune.consumers import Consumer, can_shift, consumer, grouped, matrix, product, rows, shifted, target_rows
+from toolkit.prune.engine import Cached, Engine, Values, chunked, distortion, joined
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-ROWS = 16_000
+ROWS, GROUPED_ROWS = 16_000, 4_000  # at least as many; a grouped operator's rows are as wide, but its maps are small
 HELD_BACK = 0.25
 LARGEST_GRAM = 6000
+FOLLOWERS = 4  # operators behind a dropped branch that may make up for it
 
 Progress = Callable[[str, float, float], None]
 
@@ -65,7 +66,8 @@ class Join:
 
 
 def limit_rows(c: Consumer, images: int) -> int:
-    return max(1, -(-max(ROWS, 2 * min(c.columns, LARGEST_GRAM)) // images))
+    least = ROWS if c.groups == 1 else GROUPED_ROWS
+    return max(1, -(-max(least, 2 * min(c.columns // c.groups, LARGEST_GRAM)) // images))
 
 
 def positions(c: Consumer) -> torch.Generator:
@@ -129,35 +131,64 @@ def norm_parameters(program: Program, c: Consumer, params: Mapping[str, torch.Te
 
 
 def ridge_solver(x: torch.Tensor, residual: torch.Tensor) -> Callable[[float], torch.Tensor]:
-    """Of a ridge, dW [O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm.
+    """Of a ridge, dW [..., O, D] minimising |x dW^T - residual|^2 + l |dW|^2 with l = ridge x mean squared column norm.
 
-    The moments are taken once, primal or dual, whichever is smaller.
+    The moments are taken once, primal or dual, whichever is smaller; x [..., n, D], residual [..., n, O].
     """
-    n, d = x.shape
-    level = float(x.square().sum() / d)
-    moments = (x.T @ x if d <= n else x @ x.T).double()
-    right = (x.T @ residual if d <= n else residual).double()
+    n, d = x.shape[-2:]
+    level = x.square().sum((-2, -1)).double()[..., None] / d
+    moments = (x.mT @ x if d <= n else x @ x.mT).double()
+    right = (x.mT @ residual if d <= n else residual).double()
 
     def solve(ridge: float) -> torch.Tensor:
         damped = moments.clone()
-        damped.diagonal().add_(level * ridge + 1e-12)
-        found = torch.cholesky_solve(right, torch.linalg.cholesky(damped)).T
+        damped.diagonal(dim1=-2, dim2=-1).add_(level * ridge + 1e-12)
+        found = torch.cholesky_solve(right, torch.linalg.cholesky(damped)).mT
         return found if d <= n else (found.float() @ x).double()
 
     return solve
 
 
-def refit(
-    c: Consumer, params: Values, x: torch.Tensor, target: torch.Tensor, usable: torch.Tensor, images: int, weights: torch.Tensor
-) -> tuple[Values, LayerRepair]:
-    """New parameters of one operator, or {} where leaving it alone is best on held-back rows.
+@dataclass(frozen=True)
+class Goal:
+    """What an operator's output rows should be.
 
-    Args:
-        x, target: rows image by image, [n, D] and [n, O], both float32; `usable` [O] outputs whose target is known.
+    Attributes:
+        target: [n, O] float32, image by image.
+        usable: [O] outputs whose target is known.
         weights: [O] importance of each output in the held-back comparison.
     """
+
+    target: torch.Tensor
+    usable: torch.Tensor
+    weights: torch.Tensor
+
+
+def goal(
+    program: Program, c: Consumer, params: Mapping[str, torch.Tensor], target: torch.Tensor, other: torch.Tensor | None
+) -> Goal:
+    """The goal of an operator whose output should be `target`; with `other`, its norm's output plus `other` should be."""
+    usable = torch.ones(target.shape[1], dtype=torch.bool)
+    if other is not None:
+        target = target - other
+        if c.norm:
+            scale, offset = norm_parameters(program, c, params)
+            usable = scale.abs() > 1e-3 * scale.abs().max()
+            target = ((target - offset) / torch.where(usable, scale, 1.0)).float()
+    weights = torch.ones(target.shape[1])
+    if c.norm:
+        scale, _ = norm_parameters(program, c, params)
+        weights = (scale.square() * target.var(0)).float()
+    return Goal(target, usable, weights)
+
+
+def refit(
+    c: Consumer, params: Mapping[str, torch.Tensor], x: torch.Tensor, goal: Goal, images: int
+) -> tuple[Values, LayerRepair]:
+    """New parameters of one operator with inputs x [n, D], float32, or {} where leaving it alone is best on held-back rows."""
+    target, usable, weights = goal.target, goal.usable, goal.weights
     old = matrix(params[c.weight]).float()
-    output = x @ old.T
+    output = product(c, x, old)
     if c.bias:
         output = output + params[c.bias]
     residual = torch.where(usable, target - output, 0.0)
@@ -178,18 +209,18 @@ def refit(
     before = error(held_r)
     xs, rs, mean_x, mean_r = centred(slice(0, fit))
     trials = {}
-    solve = ridge_solver(xs, rs)
+    solve = ridge_solver(grouped(c, xs), grouped(c, rs))
     for ridge in RIDGES:
-        change = solve(ridge).float()
-        trials[ridge] = error(held_r - (held_x - mean_x) @ change.T - mean_r)
+        change = solve(ridge).float().flatten(0, 1)
+        trials[ridge] = error(held_r - product(c, held_x - mean_x, change) - mean_r)
     best = min(trials, key=lambda k: trials[k])
     if not trials[best] < before:
         return {}, LayerRepair(c.node, before, before, -1.0)
     xs, rs, mean_x, mean_r = centred(slice(None))
-    change = ridge_solver(xs, rs)(best)
+    change = ridge_solver(grouped(c, xs), grouped(c, rs))(best).flatten(0, 1)
     changed: Values = {c.weight: (matrix(params[c.weight]) + change).to(params[c.weight].dtype).reshape(params[c.weight].shape)}
     if shift:
-        changed |= shifted(c, params, (mean_r.double() - change @ mean_x.double()).float())
+        changed |= shifted(c, params, (mean_r.double() - product(c, mean_x[None].double(), change)[0]).float())
     return changed, LayerRepair(c.node, before, trials[best], best)
 
 
@@ -224,20 +255,12 @@ def repair(
                 x = torch.cat([rows(c, node, env[c.source], limit, positions(c))[0] for env in state])  # type: ignore[arg-type]
                 keep = surviving(dense.program, operand(dense.program.nodes[node.name], 1).name, 0, alive)
                 target = targets.pop(node.name)[:, keep]
-                usable = torch.ones(target.shape[1], dtype=torch.bool)
+                other = None
                 if node.name in joins:
                     rest = joins[node.name].rest
                     at = sampled(program, c, state[0][rest], len(images))  # type: ignore[arg-type]
-                    target = target - torch.cat([target_rows(env[rest], node, at) for env in state])  # type: ignore[arg-type]
-                    if c.norm:
-                        scale, offset = norm_parameters(program, c, params)
-                        usable = scale.abs() > 1e-3 * scale.abs().max()
-                        target = ((target - offset) / torch.where(usable, scale, 1.0)).float()
-                weights = torch.ones(target.shape[1])
-                if c.norm:
-                    scale, _ = norm_parameters(program, c, params)
-                    weights = (scale.square() * target.var(0)).float()
-                changed, layer = refit(c, params, x, target, usable, len(images), weights)
+                    other = torch.cat([target_rows(env[rest], node, at) for env in state])  # type: ignore[arg-type]
+                changed, layer = refit(c, params, x, goal(program, c, params, target, other), len(images))
                 params.update(changed)
                 layers.append(layer)
                 progress("repair", i, total)
@@ -252,6 +275,48 @@ def repair(
     before, after = distortion(outputs(engine, held), reference), distortion(outputs(running, held), reference)
     kept = after < before
     return Repaired(with_parameters(program, params) if kept else program, tuple(layers), before, after, kept)
+
+
+def without_branch(fit: Cached, branch: Branch) -> Values:
+    """Parameters that make up for a dropped residual branch.
+
+    Operators behind it, up to the next one that writes to the stream, are solved again in order; their target is what they do in
+    the network as it stands. A response without this would hold against the branch what the repair of the whole network mends.
+    """
+    engine, program = fit.engine, fit.engine.program
+    behind = {branch.join}
+    found: list[tuple[Consumer, Join | None]] = []
+    for node in engine.steps[engine.position[branch.join] + 1 :]:
+        if not behind.intersection(source.name for source in node.all_input_nodes):
+            continue
+        behind.add(node.name)
+        if c := consumer(program, node):
+            found.append((c, join_of(program, c)))
+            if found[-1][1] or len(found) == FOLLOWERS:
+                break
+    start, images = fit.restart(branch.end), len(fit.images)
+    places = {c.node: join.node if join else c.node for c, join in found}
+    changed: Values = {}
+    with torch.no_grad():
+        last = max((engine.position[place] for place in places.values()), default=0)
+        intact = (
+            [engine.run(values[start], start, stop=last, keep=set(places.values()))[1] for values in fit.values] if found else []
+        )
+        for c, join in found:
+            node, rest = program.nodes[c.node], join.rest if join else ""
+            silenced = engine.with_params(changed)
+            stop = max(engine.position[name] for name in (c.source, rest) if name)
+            cut = [
+                silenced.run(values[start], start, stop=stop, silence=(branch.end,), keep={c.source, rest})[1]
+                for values in fit.values
+            ]
+            x = torch.cat([rows(c, node, kept[c.source], limit_rows(c, images), positions(c))[0] for kept in cut])
+            at = sampled(program, c, intact[0][places[c.node]], images)
+            target = torch.cat([target_rows(kept[places[c.node]], node, at) for kept in intact])
+            other = torch.cat([target_rows(kept[rest], node, at) for kept in cut]) if rest else None
+            params = {**engine.params, **changed}
+            changed |= refit(c, params, x, goal(program, c, params, target, other), images)[0]
+    return changed
 
 
 def outputs(engine: Engine, images: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
 from toolkit.prune.order import EXACT_COLUMNS, Elimination, Linear, eliminate, ridge_for
+from toolkit.prune.repair import without_branch
 from toolkit.schema import Effect, Response
 
 LARGEST_GRAM = 6000  # columns; wider consumers (a classifier behind a flatten) are cut without repair here
@@ -166,8 +167,10 @@ def group_responses(
         if at == width:
             out = cached.outputs
         elif at == 0:
+            branch = program.branches[group]
+            instead = without_branch(fit, branch) if repair else {}
             with torch.no_grad():
-                out = cached.outputs_with({}, first, silence=(program.branches[group].end,))
+                out = cached.outputs_with(instead, first, silence=(branch.end,))
         else:
             out = outcome(chosen, at)
         results.append(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolkit.report import units
-from toolkit.schema import Comparison, GroupReport, KernelTime, Measurement, Report
+from toolkit.schema import NO_BUDGET, Comparison, GroupReport, KernelTime, Measurement, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def latency(report: Report, comparison: Comparison) -> str:
     def paint(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
         _distribution(top, sides, scale)
-        for line in (top.axvline, bottom.axhline):
+        for line in (top.axvline, bottom.axhline) if report.budget != NO_BUDGET else ():
             line(report.budget_ns / scale, color=_COLOUR["budget"], linewidth=1.4, linestyle=(0, (4, 2)), label="budget")
         _legend(top, 3)
         top.set_xlabel(f"latency, {unit}")
@@ -169,7 +169,8 @@ def iterations(report: Report) -> str:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.axhline(report.budget_ns / scale, color=_COLOUR["budget"], linewidth=1.4, linestyle=(0, (4, 2)), label="budget")
+        if report.budget != NO_BUDGET:
+            axes.axhline(report.budget_ns / scale, color=_COLOUR["budget"], linewidth=1.4, linestyle=(0, (4, 2)), label="budget")
         for name, marker, colour in (("target", "_", "muted"), ("predicted", "D", "dense"), ("measured", "o", "pruned")):
             values = [getattr(turn, f"{name}_ns") / scale for turn in report.iterations]
             axes.plot(

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.report import units
-from toolkit.schema import AlignmentEvidence, Benchmark, Gate, KernelDifference, KernelProfile, Measurement, Report, TableHeader
+from toolkit.schema import (
+    NO_BUDGET,
+    AlignmentEvidence,
+    Benchmark,
+    Gate,
+    KernelDifference,
+    KernelProfile,
+    Measurement,
+    Report,
+    TableHeader,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,9 +40,8 @@ def verdict_line(report: Report) -> str:
     measured, predicted, budget = (f"{value:.{digits}f}" for value in times)
     if not report.measured_ns:
         return f"{word}  {predicted} {unit} {report.statistic} predicted, nothing measured (budget {budget})"
-    line = (
-        f"{word}  {measured} {unit} {report.statistic} (predicted {predicted}, budget {budget})  {units.factor(report.speedup)}  "
-    )
+    allowed = "no budget" if report.budget == NO_BUDGET else f"budget {budget}"
+    line = f"{word}  {measured} {unit} {report.statistic} (predicted {predicted}, {allowed})  {units.factor(report.speedup)}  "
     return line + _quality(report) + ("" if report.valid else "  not valid")
 
 

@@ -123,10 +123,11 @@ def run(request: RunRequest, progress: Progress) -> Report:
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
-        with clock.step("floor"):
-            job = dataclasses.replace(job, floor=loop.check_floor(job))
+        if not request.budget.unlimited:
+            with clock.step("floor"):
+                job = dataclasses.replace(job, floor=loop.check_floor(job))
         with clock.step("prune"):
-            outcome = loop.close(job)
+            outcome = loop.without_budget(job) if request.budget.unlimited else loop.close(job)
         chosen = outcome.attempt
         with clock.step("deliver"):
             artefacts = (*dense, *move(chosen, out))
@@ -334,7 +335,7 @@ def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
     return (
         *traced.loaded.notes,
         f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
-        f"Responses used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
+        f"Scores used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
         "Times by kernel come from the latency table, not from a profile of the delivered file.",
     )
 

@@ -20,7 +20,8 @@ from toolkit.export import export_artefacts, save_onnx, to_onnx
 from toolkit.graph import Program
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, allocate, floor
-from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, score
+from toolkit.prune.harmless import harmless
+from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
 from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, load_json, save_json
 
@@ -28,6 +29,7 @@ AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
 NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
 EFFECT_PASSES = 20.0
+PROGRESSIVE_ROUNDS = 5  # of C-SWAP, and at most of pruning without a budget
 REFINEMENTS, HOLDS = 3, 0.02  # proposals measured before one is believed; relative, how far a measurement may be off a promise
 
 Progress = Callable[[str, float, float], None]
@@ -134,9 +136,9 @@ class Outcome:
     proof: float
 
 
-def rounds_for(budget: float) -> int:
-    """Deep cuts are made in several rounds, each scored on the repaired network before it."""
-    return 1 if budget >= 0.9 else 2 if budget >= 0.75 else 3
+def rounds_for(budget: float, method: str = "causal") -> int:
+    """Deep cuts are made in several rounds, each scored on the repaired network before it; C-SWAP is progressive by nature."""
+    return PROGRESSIVE_ROUNDS if method == "cswap" else 1 if budget >= 0.9 else 2 if budget >= 0.75 else 3
 
 
 def check_floor(job: Job) -> Floor:
@@ -220,15 +222,6 @@ def time_pair(job: Job, path: Path, fresh: bool = False) -> Comparison:
     )
 
 
-def losses(scores: Scores) -> dict[str, dict[int, float]]:
-    """Added distortion by group and width, relative to the width it has now."""
-    found = {}
-    for name, group in scores.groups.items():
-        now = max(group.responses, key=lambda r: r.width).distortion
-        found[name] = {r.width: r.distortion - now for r in group.responses}
-    return found
-
-
 def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
     """Candidate widths from here on: none wider than the group is by now."""
     now = state.widths(job.program)
@@ -254,7 +247,7 @@ def solve(job: Job, state: State, scores: Scores, share: float, refinements: int
 
 def propose(job: Job, state: State, scores: Scores, share: float) -> Allocation:
     """Widths for a share of the dense latency as the table has it now."""
-    arguments = (job.program.groups, options(job, state), losses(scores), job.model.costs(), job.model.overhead_ns)
+    arguments = (job.program.groups, options(job, state), scores.losses, job.model.costs(), job.model.overhead_ns)
     try:
         return allocate(*arguments, share * job.model.predict(job.dense_widths))
     except BudgetError:
@@ -278,7 +271,7 @@ def narrowest(job: Job, state: State, scores: Scores, folder: Path) -> Attempt:
     What they take was measured before pruning, which is the prediction.
     """
     assert job.floor is not None
-    now, lost = state.widths(job.program), losses(scores)
+    now, lost = state.widths(job.program), scores.losses
     widths = {name: min(width, now[name]) for name, width in job.floor.widths.items()}
     loss = sum(lost.get(name, {}).get(width, 0.0) for name, width in widths.items())
     allocation = Allocation(widths, job.model.predict(widths), loss, 0.0)
@@ -288,9 +281,14 @@ def narrowest(job: Job, state: State, scores: Scores, folder: Path) -> Attempt:
 def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scale: float, folder: Path) -> Attempt:
     """Cut to an allocation, repair, export and measure; `scale` is the table's correction."""
     done = cut(
-        job.program, state, scores, allocation.widths, job.images.calibration,
+        job.program, state, kept_channels(state, scores, allocation.widths), job.images.calibration,
         repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
     )  # fmt: skip
+    return tried_out(job, done, allocation, scale, folder)
+
+
+def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder: Path) -> Attempt:
+    """What was cut, exported and measured."""
     job.progress("export and measure", 0, 1)
     artefacts = write(job, done.state, folder)
     measured = compare(job, job.pruned_path(folder), allocation.widths)
@@ -300,7 +298,7 @@ def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scal
 
 def close(job: Job) -> Outcome:
     """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget."""
-    rounds = job.request.rounds or rounds_for(job.budget)
+    rounds = job.request.rounds or rounds_for(job.budget, job.request.method)
     state, scale, proof = State(job.program), 1.0, 0.0
     history: list[Scores] = []
     iterations: list[Iteration] = []
@@ -308,7 +306,7 @@ def close(job: Job) -> Outcome:
         scores = score(
             job.program, state, job.images.calibration, options(job, state), job.request.method,
             repair=job.request.repair, round_=r, seed=job.request.seed,
-            effect_passes=EFFECT_PASSES if r == 0 else 0.0, progress=job.progress,
+            effect_passes=EFFECT_PASSES if r == 0 or job.request.method == "cswap" else 0.0, progress=job.progress,
         )  # fmt: skip
         history.append(scores)
         last = r == rounds - 1
@@ -339,6 +337,29 @@ def close(job: Job) -> Outcome:
         proof = max(proof, *(a.cut.proof for a in tried))
         state = found.cut.state
     return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
+
+
+def without_budget(job: Job) -> Outcome:
+    """Only what does no harm goes, in rounds until nothing is left that does none; what that gave is measured."""
+    state, proof, repaired = State(job.program), 0.0, None
+    history: list[Scores] = []
+    for _ in range(job.request.rounds or PROGRESSIVE_ROUNDS):
+        found = harmless(
+            job.program, state.program, job.images.calibration, groups=list(job.candidates), seed=job.request.seed,
+            passes=EFFECT_PASSES, progress=job.progress,
+        )  # fmt: skip
+        history.append(Scores({}, found.effects, {}, found.images))
+        if not found.kept:
+            break
+        done = cut(
+            job.program, state, found.kept, job.images.calibration,
+            repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
+        )  # fmt: skip
+        state, proof, repaired = done.state, max(proof, done.proof), done.repaired
+    widths = state.widths(job.program)
+    allocation = Allocation(widths, job.model.predict(widths), 0.0, 0.0)
+    chosen = confirm(job, tried_out(job, Cut(state, proof, repaired), allocation, 1.0, job.folder / ".attempt"))
+    return Outcome(chosen, tuple(history), (iteration(chosen, chosen.predicted, 1.0),), len(history), proof)
 
 
 def iteration(found: Attempt, share: float, scale: float) -> Iteration:
@@ -378,8 +399,8 @@ def confirmation(found: Attempt) -> Comparison:
 
 
 def met(job: Job, found: Attempt) -> bool:
-    """Whether the confirmation's upper 95 % bound is inside the budget."""
-    return found.confirmed is not None and job.final_upper(found.confirmed) <= HIGHEST
+    """Whether the confirmation's upper 95 % bound is inside the budget, where there is one."""
+    return found.confirmed is not None and (job.request.budget.unlimited or job.final_upper(found.confirmed) <= HIGHEST)
 
 
 def inside(job: Job, tried: Sequence[Attempt]) -> list[Attempt]:
