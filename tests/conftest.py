@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has its own process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -20,6 +21,12 @@ def exports() -> list[tuple[dict[str, int], Any]]:
 
     widths = [{name: full for name, (_, full) in GROUPS.items()}, *choose_probe_widths(GROUPS, FORMS)]
     return [(each, export(each)) for each in widths]
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latency tables that whole runs of the bundled model share: measuring one takes a minute."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,25 @@ def test_without_a_budget_of_passes_everything_is_screened_by_gradient() -> None
     engine, x = Engine.of(program), images(10)
     found = causes.measure_effects(cache(engine, x), causes.sensitivities(program, engine, x), quiet, passes=0.0)
     assert {e.source for e in found} == {"gradient"}
+    assert {e.category for e in found} <= {"critical", "undecided"}  # the first order shows no more
+
+
+def test_what_promises_most_is_removed_for_real_first() -> None:
+    program = traced(patterns.Residual)
+    engine, x = Engine.of(program), images(30)
+    cached, sensitivity = cache(engine, x), causes.sensitivities(program, engine, x)
+    some = causes.measure_effects(cached, sensitivity, quiet, passes=4.0)
+    for name in {e.group for e in some}:
+        promise = {
+            source: [
+                causes.paired_test(sensitivity.effects[name][:, e.channel]).high
+                for e in some
+                if e.group == name and e.source == source
+            ]
+            for source in ("intervention", "gradient")
+        }
+        assert promise["gradient"] and min(promise["intervention"], default=np.inf) >= max(promise["gradient"])
+    assert {e.source for e in some} == {"intervention", "gradient"}
 
 
 def test_categories_follow_the_sign_and_only_small_intervals_are_neutral() -> None:

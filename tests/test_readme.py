@@ -57,11 +57,11 @@ def test_the_lines_of_python_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_the_commands_do_what_the_readme_says(tmp_path: Path) -> None:
+def test_the_commands_do_what_the_readme_says(shared_cache: Path) -> None:
     for command in COMMANDS:
         if command == "./tools/test":
             continue  # it is what runs this
-        done = run(command, tmp_path / "cache")
+        done = run(command, shared_cache)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         last = done.stdout.strip().splitlines()[-1]
         if command == "./tools/quickstart" or command.startswith("edgekit run"):

@@ -47,11 +47,11 @@ def verify(folder: Path) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory, shared_cache) -> Path:
     """One run of the bundled model with a table of its own."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGEKIT_CACHE", str(folder / "cache"))
+        patch.setenv("EDGEKIT_CACHE", str(shared_cache))
         assert until_met(request(folder / "out", "0.6x")).verdict == "met"
         job.run(request(folder / "again", "0.6x"), quiet)
         job.run(request(folder / "free", "none"), quiet)
@@ -83,10 +83,10 @@ def test_without_a_budget_only_what_does_no_harm_goes(finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_the_same_seed_and_table_give_the_same_plan(finished, monkeypatch) -> None:
+def test_the_same_seed_and_table_give_the_same_plan(finished, shared_cache, monkeypatch) -> None:
     first, second = (load_json(Plan, finished / name / "plan.json") for name in ("out", "again"))
     if first.groups != second.groups:  # what a disturbed machine measured is not remembered: once more
-        monkeypatch.setenv("EDGEKIT_CACHE", str(finished / "cache"))
+        monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
         job.run(request(finished / "third", "0.6x"), quiet)
         first, second = second, load_json(Plan, finished / "third" / "plan.json")
     assert first.table == second.table

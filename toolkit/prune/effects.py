@@ -11,8 +11,9 @@ with the false discovery rate held at 5 % over all channels of the network (Benj
 interval lies inside +-NEUTRAL; undecided otherwise. This follows our reading of the abstract of C-SWAP (Bauvin, Baret,
 Ahmad; arXiv 2510.18636); it is no reproduction.
 
-Every channel is screened by the first-order estimate of l_n (one backward pass for all of them); those whose category is in
-doubt are then removed for real, as many as the budget of forward passes allows. The record says which.
+Every channel is screened by the first-order estimate of l_n (one backward pass for all of them). That shows what is critical,
+and no more: a channel that a small change would not be missed in may still be needed. So the others are then removed for real,
+the most promising first, as many as the budget of forward passes allows; without that they stay undecided. The record says which.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ EPSILON = 1e-3
 NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
 INTERVENTION_IMAGES = 64
 DISCOVERY_RATE = 0.05
+EFFECT_MACS = 5e11  # multiply-accumulates that interventions may always cost
 TIERS: dict[Category, int] = {"detrimental": 0, "neutral": 1, "undecided": 2, "critical": 3}  # which go first
 
 Progress = Callable[[str, float, float], None]
@@ -172,6 +174,11 @@ def categorise(tests: list[Test], rate: float = DISCOVERY_RATE, neutral: float =
     return categories, [float(q) for q in q_values]
 
 
+def affordable(program: Program, images: int, passes: float) -> float:
+    """Forward passes that real interventions may cost: `passes`, and more where a pass is cheap."""
+    return max(passes, EFFECT_MACS / max(1, program.macs() * images)) if passes else 0.0
+
+
 def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress, passes: float = 16.0) -> list[Effect]:
     """Effects of all channels of all prunable groups.
 
@@ -188,10 +195,10 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     share = {
         g.name: (1.0 - cached.restart(first_consumer(program, engine, g.name)) / total) * few / images for g in scored(program)
     }
-    doubtful = sorted(keys, key=lambda k: doubt(tests[k]))
+    promising = sorted(keys, key=lambda k: -tests[k].high)
     relative: dict[tuple[str, int], Array] = {}
     spent, done = 0.0, set()
-    for key in doubtful:
+    for key in promising:
         if spent + share[key[0]] > passes:
             continue
         spent += share[key[0]]
@@ -204,7 +211,10 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     progress("causal effects", passes, passes)
     label = cached.outputs.argmax(1)
     chance = (1.0 - cached.outputs.softmax(1).gather(1, label[:, None])[:, 0]).double().numpy()
-    categories, q_values = categorise([tests[k] for k in keys])
+    found, q_values = categorise([tests[k] for k in keys])
+    categories = [
+        category if k in done or category == "critical" else "undecided" for k, category in zip(keys, found, strict=True)
+    ]
     return [
         Effect(
             group=k[0],
@@ -219,12 +229,6 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
         )
         for k, category, q in zip(keys, categories, q_values, strict=True)
     ]
-
-
-def doubt(test: Test) -> float:
-    """Small where the interval lies near a boundary between categories, in units of its own half-width."""
-    half = max((test.high - test.low) / 2, 1e-12)
-    return min(abs(abs(test.mean) - NEUTRAL), abs(test.mean)) / half
 
 
 def first_consumer(program: Program, engine: Engine, group: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from toolkit.graph import Program
-from toolkit.prune.effects import NEUTRAL, TIERS, Test, measure_effects, paired, paired_test, sensitivities
+from toolkit.prune.effects import NEUTRAL, TIERS, Test, affordable, measure_effects, paired, paired_test, sensitivities
 from toolkit.prune.engine import Engine, Values, cache
 from toolkit.prune.repair import outputs
 from toolkit.prune.responses import masked
@@ -65,7 +65,8 @@ def harmless(
     half = max(1, min(len(images) // 2, EFFECT_IMAGES))
     sample, held = torch.from_numpy(images[:half]), torch.from_numpy(images[len(images) // 2 :])
     engine = Engine.of(program)
-    effects = measure_effects(cache(engine, sample, CACHE_BYTES), sensitivities(program, engine, sample, seed), progress, passes)
+    cached, screened = cache(engine, sample, CACHE_BYTES), sensitivities(program, engine, sample, seed)
+    effects = measure_effects(cached, screened, progress, affordable(program, half, passes))
     reference = outputs(Engine.of(dense), held)
     free = candidates(program, effects, groups)
     count = min(len(free), round(SHARE * len(effects)))

@@ -15,7 +15,7 @@ import torch
 
 from toolkit.graph import Program, apply, prove
 from toolkit.prune.consumers import unscored
-from toolkit.prune.effects import TIERS, Sensitivity, measure_effects, sensitivities
+from toolkit.prune.effects import TIERS, Sensitivity, affordable, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
 from toolkit.prune.repair import Repaired, outputs, repair
 from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order
@@ -120,7 +120,7 @@ def score(
     reference = outputs(Engine.of(dense), sample)
     sensitivity = sensitivities(program, engine, sample, seed)
     progress("activations", 1, 1)
-    effects = measure_effects(cached, sensitivity, progress, effect_passes)
+    effects = measure_effects(cached, sensitivity, progress, affordable(program, count, effect_passes))
     if method == "cswap":
         return summed(program, effects, asked, count)
     found = {}
