@@ -19,7 +19,7 @@ from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
-from toolkit.schema import DimForm, Plan, Report, RunRequest, load_json
+from toolkit.schema import DimForm, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +42,8 @@ def until_met(wanted: RunRequest) -> Report:
 
 
 def verify(folder: Path) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "verify", folder], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, ROOT / "tools" / "verify", folder, "--time", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout
 
 
@@ -53,7 +54,6 @@ def finished(tmp_path_factory, shared_cache) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEKIT_CACHE", str(shared_cache))
         assert until_met(request(folder / "out", "0.6x")).verdict == "met"
-        job.run(request(folder / "again", "0.6x"), quiet)
         job.run(request(folder / "free", "none"), quiet)
         with pytest.raises(BudgetError) as caught:
             job.run(request(folder / "floor", "0.001x"), quiet)
@@ -79,18 +79,6 @@ def test_without_a_budget_only_what_does_no_harm_goes(finished) -> None:
     assert report.parameters_pruned < report.parameters_dense and report.agreement >= 0.98
     code, text = verify(finished / "free")
     assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
-
-
-@pytest.mark.slow
-@pytest.mark.timed
-def test_the_same_seed_and_table_give_the_same_plan(finished, shared_cache, monkeypatch) -> None:
-    first, second = (load_json(Plan, finished / name / "plan.json") for name in ("out", "again"))
-    if first.groups != second.groups:  # what a disturbed machine measured is not remembered: once more
-        monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
-        job.run(request(finished / "third", "0.6x"), quiet)
-        first, second = second, load_json(Plan, finished / "third" / "plan.json")
-    assert first.table == second.table
-    assert first.groups == second.groups
 
 
 def test_the_prunable_share_of_the_latency_is_that_of_places_with_a_choice() -> None:
