@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 from toolkit.graph import Program, apply, example_input, trace
 from toolkit.prune import effects as causes
 from toolkit.prune.effects import paired, paired_test
-from toolkit.prune.engine import Engine, cache
+from toolkit.prune.engine import Engine
+from toolkit.prune.engine import cache as cached_at
 from toolkit.prune.harmless import NEUTRAL, candidates, harmless
 from toolkit.prune.pruner import CRITICAL, summed
 from toolkit.prune.repair import outputs
@@ -41,6 +44,7 @@ class Redundant(nn.Module):
         return self.head(nn.functional.relu6(self.b(self.a(x).relu())))
 
 
+@cache
 def redundant() -> Program:
     torch.manual_seed(0)
     return trace(Redundant(), example_input((1, 3)))
@@ -66,7 +70,7 @@ def test_what_is_harmful_together_does_not_go_together() -> None:
     program = redundant()
     x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     engine = Engine.of(program)
-    cached = cache(engine, torch.from_numpy(x))
+    cached = cached_at(engine, torch.from_numpy(x))
     effects = causes.measure_effects(cached, causes.sensitivities(program, engine, cached.images), quiet, 1e9)
     single = {e.channel: e.category for e in effects if e.group == "a"}
     assert single == {0: "neutral", 1: "neutral", 2: "neutral", 3: "critical"}
@@ -145,7 +149,7 @@ def test_the_branch_behind_makes_up_for_a_dropped_one() -> None:
     program = trace(Absorbing(), example_input((1, 3, 8, 8)))
     generator = torch.Generator().manual_seed(0)
     engine = Engine.of(program)
-    cached, fit = (cache(engine, torch.randn(n, 3, 8, 8, generator=generator)) for n in (64, 96))
+    cached, fit = (cached_at(engine, torch.randn(n, 3, 8, 8, generator=generator)) for n in (64, 96))
     sensitivity = causes.sensitivities(program, engine, cached.images)
 
     def dropped(repair: bool) -> float:
