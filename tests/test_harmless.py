@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from toolkit.prune import effects as causes
 from toolkit.prune.effects import paired, paired_test
 from toolkit.prune.engine import Engine
 from toolkit.prune.engine import cache as cached_at
-from toolkit.prune.harmless import NEUTRAL, candidates, harmless
+from toolkit.prune.harmless import NEUTRAL, candidates, fastest, harmless
 from toolkit.prune.pruner import CRITICAL, summed
 from toolkit.prune.repair import outputs
 from toolkit.prune.responses import group_responses
@@ -56,10 +57,11 @@ def test_of_channels_that_stand_in_for_each_other_one_stays() -> None:
     alive = [0, 1, 2, 3]
     for _ in range(4):
         found = harmless(dense, program, x, groups=["a"], seed=0, passes=1e9, progress=quiet)
-        if not found.kept:
+        if not found.gone:
             break
-        alive = [alive[n] for n in found.kept["a"]]
-        program = apply(program, found.kept)
+        kept = fastest(found.gone, {"a": len(alive)}, lambda widths: widths["a"])
+        alive = [alive[n] for n in kept["a"]]
+        program = apply(program, kept)
     assert 3 in alive and 2 not in alive
     assert len({0, 1} & set(alive)) == 1
     before, after = (outputs(Engine.of(p), torch.from_numpy(x)) for p in (dense, program))
@@ -75,7 +77,7 @@ def test_what_is_harmful_together_does_not_go_together() -> None:
     single = {e.channel: e.category for e in effects if e.group == "a"}
     assert single == {0: "neutral", 1: "neutral", 2: "neutral", 3: "critical"}
     found = harmless(program, program, x, groups=["a"], seed=0, passes=1e9, progress=quiet)
-    assert not {0, 1}.isdisjoint(found.kept["a"]) and found.joint.low >= -NEUTRAL
+    assert not {0, 1} <= set(found.gone["a"]) and found.joint.low >= -NEUTRAL
 
 
 def test_nothing_goes_from_a_network_that_needs_everything() -> None:
@@ -92,7 +94,17 @@ def test_nothing_goes_from_a_network_that_needs_everything() -> None:
 
     program = trace(Tight(), example_input((1, 2)))
     x = np.random.default_rng(1).normal(size=(100, 2)).astype(np.float32)
-    assert not harmless(program, program, x, groups=["a"], seed=0, passes=1e9, progress=quiet).kept
+    assert not harmless(program, program, x, groups=["a"], seed=0, passes=1e9, progress=quiet).gone
+
+
+def test_nothing_goes_that_would_make_the_network_slower() -> None:
+    def steps_of_four(widths: Mapping[str, int]) -> float:
+        return sum(width if width % 4 == 0 else 100 + width for width in widths.values())
+
+    gone, widths = {"a": [7, 2, 5], "b": [0, 1, 2, 3, 4], "c": [6]}, {"a": 8, "b": 9, "c": 8}
+    kept = fastest(gone, widths, steps_of_four)
+    assert kept == {"b": tuple(range(5, 9))}
+    assert fastest(gone, widths, lambda _: 1.0) == {"a": (0, 1, 3, 4, 6), "b": (5, 6, 7, 8), "c": (0, 1, 2, 3, 4, 5, 7)}
 
 
 def effect(channel: int, odds: float, category: Category, group: str = "a") -> Effect:

@@ -76,7 +76,7 @@ def test_a_run_is_verified_from_outside(finished) -> None:
 def test_without_a_budget_only_what_does_no_harm_goes(finished) -> None:
     report = load_json(Report, finished / "free" / "report.json")
     assert (report.verdict, report.budget, report.critical_removed) == ("met", "none", 0)
-    assert report.parameters_pruned < report.parameters_dense and report.agreement >= 0.98
+    assert report.parameters_pruned <= report.parameters_dense and report.agreement >= 0.98
     code, text = verify(finished / "free")
     assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
 

@@ -20,7 +20,7 @@ from toolkit.export import export_artefacts, save_onnx, to_onnx
 from toolkit.graph import Program
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, allocate, floor
-from toolkit.prune.harmless import harmless
+from toolkit.prune.harmless import fastest, harmless
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
 from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, load_json, save_json
@@ -349,10 +349,11 @@ def without_budget(job: Job) -> Outcome:
             passes=EFFECT_PASSES, progress=job.progress,
         )  # fmt: skip
         history.append(Scores({}, found.effects, {}, found.images))
-        if not found.kept:
+        kept = fastest(found.gone, state.widths(job.program), job.model.predict)
+        if not kept:
             break
         done = cut(
-            job.program, state, found.kept, job.images.calibration,
+            job.program, state, kept, job.images.calibration,
             repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
         )  # fmt: skip
         state, proof, repaired = done.state, max(proof, done.proof), done.repaired
