@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,49 @@ def test_equals_brute_force(problem: Problem, share: float) -> None:
     assert found.optimality_gap == 0.0
 
 
+@given(problems(), st.data(), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_with_a_memory_limit_it_still_equals_brute_force(
+    problem: Problem, data: st.DataObject, share: float, part: float
+) -> None:
+    names = list(problem.candidates)
+    sides = [(form(*pair[:1]), form(*pair[1:], const=1)) for pair in itertools.permutations(names, 2)] or [
+        (form(), form(names[0], const=1))
+    ]
+    sizes = [Place(f"size{i}", c_in, c_out, lambda a, b: 4.0 * a * b) for i, (c_in, c_out) in enumerate(sides)]
+    weights = data.draw(st.lists(st.sampled_from(sizes), max_size=3))
+    moments = data.draw(st.lists(st.lists(st.sampled_from(sizes), max_size=3), min_size=1, max_size=3))
+
+    def taken(widths: Mapping[str, int]) -> float:
+        return problem_bytes(weights, widths) + max(problem_bytes(moment, widths) for moment in moments)
+
+    every = problem.all_widths()
+    limit = sorted(taken(widths) for widths in every)[int(part * (len(every) - 1))] + 0.5
+    small = [widths for widths in every if taken(widths) <= limit]
+    budget = sorted(problem.latency(widths) for widths in small)[int(share * (len(small) - 1))] + 1.0
+    best = min(problem.loss(widths) for widths in small if problem.latency(widths) <= budget)
+    memory = module.MemoryLimit(weights, moments, limit)
+    sites: Sequence[SiteCost] = problem.sites
+    found = allocate(problem.groups, problem.candidates, problem.losses, sites, problem.overhead, budget, memory=memory)
+    assert taken(found.widths) == module.memory_bytes(memory, found.widths) <= limit
+    assert found.predicted_ns <= budget and found.loss == pytest.approx(best, abs=1e-2)
+    fastest = floor(problem.groups, problem.candidates, problem.losses, sites, problem.overhead, memory=memory)
+    assert fastest.predicted_ns == pytest.approx(min(problem.latency(widths) for widths in small))
+
+
+def problem_bytes(sizes: Sequence[Place], widths: Mapping[str, int]) -> float:
+    return sum(size.cost(size.c_in.at(widths), size.c_out.at(widths)) for size in sizes)
+
+
+def test_memory_that_nothing_fits_into_names_the_smallest_that_works() -> None:
+    groups, candidates = [group("g", 12)], {"g": [4, 12]}
+    size = Place("w", form("g"), form(const=250), lambda a, b: 4.0 * a * b)
+    with pytest.raises(BudgetError, match="No plan fits into 0.003 MB: .* can make take 0.004 MB") as caught:
+        allocate(groups, candidates, {}, [], 1.0, 1e9, memory=module.MemoryLimit([size], [], 3e3))
+    assert "--max-memory 4KB" in caught.value.hint
+    assert allocate(groups, candidates, {}, [], 1.0, 1e9, memory=module.MemoryLimit([size], [[]], 4e3)).widths == {"g": 4}
+
+
 @given(problems())
 @settings(max_examples=30, deadline=None)
 def test_floor_is_the_fastest_and_the_smallest_budget_works(problem: Problem) -> None:
@@ -183,3 +227,14 @@ def test_two_sums_stay_inside_the_budget_where_costs_are_not_affine() -> None:
     found = allocate(groups, candidates, losses, sites, 0.0, 0.5 * dense)
     assert found.predicted_ns <= 0.5 * dense * (1 + 1e-5)
     assert found.predicted_ns > 0.25 * dense
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    libc.puts(b"before")
+    with module.stdout_to_stderr():
+        libc.puts(b"solver")
+    libc.puts(b"after")
+    libc.fflush(None)
+    out, err = capfd.readouterr()
+    assert out.split() == ["before", "after"] and err.split() == ["solver"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.budget import format_time, parse_budget
+from toolkit.budget import format_time, parse_budget, parse_size
 from toolkit.errors import UsageError
 
 
@@ -80,3 +80,17 @@ def test_a_time_is_written_with_three_digits(latency_ns: float, text: str) -> No
 @given(st.floats(1, 1e12))
 def test_written_and_read_again_a_time_is_the_same_to_three_digits(latency_ns: float) -> None:
     assert parse_budget(format_time(latency_ns)).latency_ns == pytest.approx(latency_ns, rel=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("512KB", 512e3), ("2 MB", 2e6), ("1.5MiB", 1.5 * 1024**2), ("100kB", 1e5), ("7B", 7.0), (".5GB", 5e8)],
+)
+def test_a_size_is_read_in_its_unit(text: str, size_bytes: float) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "2", "MB", "0KB", "-1MB", "2 megabytes", "1e3KB"])
+def test_a_size_that_is_none_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a positive number of bytes. Write --max-memory like 512KB"):
+        parse_size(text)

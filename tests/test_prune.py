@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from toolkit.graph import Program, apply, example_input, trace
 from toolkit.prune import effects as causes
-from toolkit.prune.consumers import Consumer, consumer, product, rows, scored
+from toolkit.prune.consumers import Consumer, by_image, consumer, product, rows, scored
 from toolkit.prune.engine import Engine, cache, chunked, distortion, joined
 from toolkit.prune.order import RIDGE, Linear, damped, eliminate
+from toolkit.prune.positions import FLOOR, chosen, inclusions, position_importance
 from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, kept_channels, score
 from toolkit.prune.repair import RIDGES, Goal, outputs, refit, repair, ridge_solver
 from toolkit.prune.responses import group_responses, masked
@@ -272,7 +274,8 @@ def test_a_grouped_operator_is_solved_group_by_group(groups) -> None:
         [part @ w.reshape(-1, share).T for part, w in zip(x.split(share, 1), wanted.split(12 // groups), strict=True)], 1
     )
     assert torch.allclose(product(c, x, wanted.reshape(12, share)), target, atol=1e-4)
-    changed, layer = refit(c, params, x, Goal(target, torch.ones(12, dtype=torch.bool), torch.ones(12)), images=40)
+    wish = Goal(target, torch.ones(12, dtype=torch.bool), torch.ones(12), torch.ones(400))
+    changed, layer = refit(c, params, x, wish, images=40)
     assert layer.ridge == min(RIDGES) and layer.after < 1e-4 < layer.before
     assert torch.allclose(changed["weight"], wanted, atol=0.02)
     for part, residual, now, old in zip(
@@ -281,6 +284,97 @@ def test_a_grouped_operator_is_solved_group_by_group(groups) -> None:
     ):  # fmt: skip
         alone = ridge_solver(part - part.mean(0), residual - residual.mean(0))(layer.ridge)
         assert torch.allclose(now.reshape(-1, share), (old.reshape(-1, share) + alone).float(), atol=1e-4)
+
+
+def test_a_row_that_counts_three_times_is_three_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    c = Consumer("node", "source", "weight", "bias", "", "", (), 5)
+    params = {"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}
+    x, first, second = (torch.randn(*size, generator=generator) for size in ((40, 2, 5), (5, 3), (5, 3)))
+    target = torch.stack([x[:, 0] @ first, x[:, 1] @ (first + 0.3 * second)], 1)  # no map fits both positions
+    counts = torch.tensor([3.0, 1.0])
+
+    def solved(x: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        wish = Goal(target.flatten(0, 1), torch.ones(3, dtype=torch.bool), torch.ones(3), counts.repeat(40))
+        return refit(c, params, x.flatten(0, 1), wish, images=40)[0]
+
+    weighted = solved(x, target, counts)
+    repeated = solved(x[:, [0, 0, 0, 1]], target[:, [0, 0, 0, 1]], torch.ones(4))
+    assert weighted.keys() == repeated.keys() == {"weight", "bias"}
+    assert all(torch.allclose(weighted[name], repeated[name], atol=1e-5) for name in weighted)
+
+
+# --- positions ---------------------------------------------------------------------------------------------------------------
+
+
+def test_behind_the_last_mixing_of_tokens_only_the_class_token_counts() -> None:
+    torch.manual_seed(0)
+    program = trace(patterns.VisionTransformer(), example_input((1, 3, 8, 8)))
+    found = position_importance(Engine.of(program), images(8))
+    assert [len(w) for w in found.values()] == [16, 17, 17, 17, 17, 1]  # patches, attention, two linears, the head
+    qkv, *behind = (w for w in found.values() if len(w) == 17)
+    assert qkv[1:].mean() > 0.5
+    assert all(w[0] > 16 and torch.all(w[1:] == FLOOR) for w in behind)
+
+
+def test_positions_before_a_mean_count_alike() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    found = position_importance(Engine.of(trace(nn.Sequential(*layers), example_input(SHAPE))), images(8))
+    assert torch.allclose(found["conv2d_1"], torch.ones(16, dtype=torch.float64))
+    assert found["conv2d"].std() > 0.1  # behind a convolution without padding the rim counts less
+
+
+TOKENS = [patterns.VisionTransformer, patterns.MultiheadFirst, patterns.ShiftedWindows]
+
+
+@pytest.mark.parametrize("pattern", [*TOKENS, patterns.Separable])
+def test_positions_are_taken_image_by_image_wherever_an_operator_has_its_images(pattern) -> None:
+    torch.manual_seed(0)
+    program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
+    engine, x = Engine.of(program), torch.randn(3, *patterns.SHAPES[pattern][1:], generator=torch.Generator().manual_seed(0))
+    found = {n.name: c for n in program.module.graph.nodes if (c := consumer(program, n))}
+    together, alone = (engine.run(part, keep=found)[1] for part in (x, x[1:2]))
+    assert any(c.outer > 1 for c in found.values()) == (pattern in (patterns.VisionTransformer, patterns.MultiheadFirst))
+    for c in found.values():
+        assert by_image(c, together[c.node]).shape[:2] == (3, c.positions)
+        assert torch.allclose(by_image(c, together[c.node])[1], by_image(c, alone[c.node])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", TOKENS)
+def test_first_order_effects_are_each_images_own(pattern) -> None:
+    torch.manual_seed(0)
+    program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
+    engine, x = Engine.of(program), torch.randn(3, *patterns.SHAPES[pattern][1:], generator=torch.Generator().manual_seed(0))
+    together = causes.sensitivities(program, engine, x).effects
+    for i in range(3):
+        alone = causes.sensitivities(program, engine, x[i : i + 1]).effects
+        assert together.keys() == alone.keys() and alone
+        assert all(np.allclose(together[name][i], alone[name][0], atol=1e-4) for name in alone)
+
+
+@given(st.lists(st.floats(FLOOR, 50), min_size=2, max_size=40), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_positions_are_drawn_with_the_probability_that_they_are_weighted_by(weights, limit) -> None:
+    importance = torch.tensor(weights, dtype=torch.float64)
+    if limit < len(importance):
+        shares = inclusions(importance, limit)
+        assert float(shares.sum()) == pytest.approx(limit) and shares.max() <= 1.0
+        free = shares < 1.0
+        assert torch.allclose(shares[free] / importance[free], (shares[free] / importance[free]).mean())
+        assert not free.any() or free.all() or importance[free].max() <= importance[~free].min() + 1e-12
+    found = chosen(importance, limit, "operator")
+    assert abs(len(found.at) - min(limit, len(importance))) <= 1 and torch.equal(found.at, found.at.unique())
+
+
+def test_weighted_positions_stand_for_all_of_them() -> None:
+    importance = torch.tensor([9.0, *[0.5] * 10, *[0.1] * 10], dtype=torch.float64)
+    total = torch.zeros(21)
+    for i in range(4000):
+        found = chosen(importance, 4, f"operator {i}")
+        total[found.at] += found.weight / 4000
+    assert torch.allclose(total, importance.float(), rtol=0.3)
+    assert total[0] == pytest.approx(9.0, rel=1e-3)  # drawn always, counted as it is
 
 
 @pytest.mark.parametrize("pattern", [patterns.OptionA, patterns.Separable])
@@ -292,8 +386,8 @@ def test_rows_times_weight_are_the_operators_output(pattern) -> None:
         if c is None:
             continue
         kept = engine.run(x, keep={c.source, c.node})[1]
-        sample, at = rows(c, node, kept[c.source], 10**6, torch.Generator().manual_seed(0))
         expected = kept[c.node].flatten(2).transpose(1, 2) if kept[c.node].ndim == 4 else kept[c.node][:, None]
+        sample = rows(c, node, kept[c.source], torch.arange(expected.shape[1]))
         found = product(c, sample, engine.params[c.weight].flatten(1)) + (engine.params[c.bias] if c.bias else 0.0)
         assert torch.allclose(found.reshape(expected.shape), expected, atol=1e-5)
 

@@ -28,7 +28,6 @@ from toolkit.latency import LatencyModel, ModelTable
 from toolkit.latency.alignment import Alignment, Observations, probe_alignment
 from toolkit.latency.fit import fit_model, judge, observe
 from toolkit.latency.formula import fit_formula
-from toolkit.latency.measure import locked
 from toolkit.latency.residual import fit_residual
 from toolkit.latency.sampling import DENSE_VISITS, sample_widths
 from toolkit.latency.segments import cut_out, find_segments
@@ -42,6 +41,7 @@ from toolkit.latency.table import (
     kernel_rows,
     load_samples,
     load_table,
+    locked,
     merge_table,
     read_partial,
     save_samples,

@@ -258,6 +258,8 @@ def test_an_edited_plan(tool: ModuleType, copy: Path, width: int) -> None:
         ("accuracy", lambda report: report.update(agreement=report["agreement"] - 0.03)),
         ("accuracy", lambda report: report.update(evaluation_images=34)),
         ("smaller", lambda report: report.update(parameters_pruned=report["parameters_pruned"] - 1)),
+        ("smaller", lambda report: report.update(memory_limit_bytes=1e9, memory_pruned_bytes=2e9)),
+        ("smaller", lambda report: report.update(memory_limit_bytes=1e9, memory_pruned_bytes=90.0)),
         ("verdict", lambda report: report.update(verdict="missed", valid=True, invalid_reasons=[])),
         ("verdict", lambda report: report.update(invalid_reasons=["noise"], valid=True)),
         ("samples", lambda report: report.update(speedup=1.05 * report["speedup"])),

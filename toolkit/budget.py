@@ -12,6 +12,8 @@ _NANOSECONDS = {"ns": 1.0, "us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e
 _WRITTEN = re.compile(
     r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf))\s*(ns|us|µs|μs|ms|s|x)?", re.IGNORECASE
 )
+_SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kKMG]?)(i?)B")
+_PREFIXES = ("", "K", "M", "G")
 _EXAMPLES = "Write --budget as a time like 8ms, 350us or 1.5s, as a share of the dense model's latency like 0.5x, or none."
 
 
@@ -40,6 +42,19 @@ def parse_budget(text: str) -> Budget:
             f"The budget {text} allows more time than the dense model takes; nothing needs pruning for that.", _EXAMPLES
         )
     return Budget(text=text, ratio=value)
+
+
+def parse_size(text: str) -> float:
+    """`512KB`, `2MB`, `1.5MiB`: bytes; decimal units, and binary ones with an i.
+
+    Raises:
+        UsageError: malformed, without a unit, or not positive.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    value = float(found[1]) if found else 0.0
+    if not found or not value > 0:
+        raise UsageError(f"The size {text!r} is not a positive number of bytes.", "Write --max-memory like 512KB, 2MB or 1.5MiB.")
+    return value * float((1024 if found[3] else 1000) ** _PREFIXES.index(found[2].upper()))
 
 
 def format_time(latency_ns: float) -> str:

@@ -336,23 +336,27 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring and cutting; 0: as needed.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Groups to leave whole; repeatable.")
 @click.option("--min-width", type=click.IntRange(1), default=1, show_default=True, help="Fewest channels of a group.")
+@click.option("--max-memory", default="", metavar="SIZE", help="Of weights and activations together: 512KB, 2MB, 1.5MiB.")
 @threads_option
 @precision_option
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
 @json_option
-def run(model: str, budget: str, no_repair: bool, as_json: bool, where: str, **given: Any) -> None:
+def run(model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, where: str, **given: Any) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
     MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
     """
-    from toolkit.budget import parse_budget
+    from toolkit.budget import parse_budget, parse_size
     from toolkit.schema import RunRequest
 
     if where and where != "local":
         raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
-    preprocess = preprocess_of(given)
-    request = RunRequest(model=model, budget=parse_budget(budget), repair=not no_repair, preprocess=preprocess, **given)
+    preprocess, asked = preprocess_of(given), parse_budget(budget)
+    if max_memory and asked.unlimited:
+        raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
+    memory = parse_size(max_memory) if max_memory else 0.0
+    request = RunRequest(model=model, budget=asked, max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given)
     from toolkit import run as job
 
     with progress() as shown:

@@ -82,6 +82,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     keep: tuple[str, ...] = ()
     min_width: int = 1
     rounds: int = 0  # 0: chosen by the budget
+    max_memory_bytes: float = 0.0  # of weights and activations together; 0: no limit
 
 
 # --- model -> graph -------------------------------------------------------------------------------------------------
@@ -647,6 +648,9 @@ class Report(Record, frozen=True, kw_only=True):
     macs_pruned: int
     size_dense_bytes: int
     size_pruned_bytes: int
+    memory_dense_bytes: float  # weights and the tensors alive at once, counted on the graph
+    memory_pruned_bytes: float
+    memory_limit_bytes: float = 0.0  # 0: none was asked for
     prunable_macs_share: float
     prunable_latency_share: float
     floor_ns: float

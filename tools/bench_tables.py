@@ -3,10 +3,10 @@
 
 For each model and runtime: a fresh table is measured and its cost counted; then random networks (a global scale from 0.3 to 1.0
 with jitter by group, half of them on the planner's candidates, half at any width) and plans that the allocator chose for random
-losses and budgets, before and after refinement. Each is measured twice, apart from each other, beside the dense network (dense,
-pruned, pruned, dense ...); predicted and measured are both taken relative to dense, as budgets are. Beside the table: (a) every
-kernel measured alone at exactly the widths needed, (b) latency in proportion to multiply-accumulates, (c) a line through three
-networks over multiply-accumulates.
+losses and budgets, before and after refinement. Each is measured twice beside the dense network (dense, pruned, pruned, dense
+...), before the table and after it, so that the difference of the two says what a latency measured then is worth now; predicted
+and measured are both taken relative to dense, as budgets are. Beside the table: (a) every kernel measured alone at exactly the
+widths needed, (b) latency in proportion to multiply-accumulates, (c) a line through three networks over multiply-accumulates.
 
   tools/bench_tables.py resnet18 --runtime onnxruntime -o mine.json     one model
   tools/bench_tables.py models.py:deit_tiny --seed 7                    your own model and other networks
@@ -140,6 +140,11 @@ class Bench:
             ratios.append(level[id(own)] / level[id(dense)])
         return float(np.median(ratios))
 
+    def ratios(self, networks: Sequence[Widths], what: str) -> list[float]:
+        """Those of several networks, measured in random order."""
+        found = {i: self.ratio(networks[i]) for i in steps(self.rng.permutation(len(networks)).tolist(), what)}
+        return [found[i] for i in range(len(networks))]
+
     def predicted(self, widths: Widths) -> float:
         return self.table.model.predict(widths) / self.table.model.predict(self.dense)
 
@@ -245,23 +250,21 @@ def errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, f
 def examine(model: str, runtime: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(model, runtime, arguments.size, arguments.seed, Path(folder))
+        networks = bench.random_widths(arguments.random)
+        n = len(networks)
+        first = bench.ratios(networks, "  before the table")
         cost = bench.measure_table()
         note(
             f"  table: {cost['spent_s']} s, {cost['dense_inferences']} dense inferences, own held-out {cost['held_out_mape']:.1%}"
         )
-        networks = bench.random_widths(arguments.random)
         plans = [bench.plan() for _ in steps(range(arguments.plans), "  plans")]
         todo = [*networks, *plans]
         before = [bench.predicted(widths) for widths in todo]
-        passes = []
-        for which in range(2):
-            order = bench.rng.permutation(len(todo)).tolist()
-            found = {i: bench.ratio(todo[i]) for i in steps(order, f"  measuring, pass {which + 1}")}
-            passes.append([found[i] for i in range(len(todo))])
-        measured = [(a + b) / 2 for a, b in zip(*passes, strict=True)]
+        first += bench.ratios(plans, "  plans before refinement")
         bench.table.refine([(widths, None) for widths in plans])
         after = [bench.predicted(widths) for widths in plans]
-        n = len(networks)
+        passes = [first, bench.ratios(todo, "  after the table")]
+        measured = [(a + b) / 2 for a, b in zip(*passes, strict=True)]
         middle = {
             name: min((w for w in options if w), key=lambda w: abs(w - bench.dense[name] / 2))
             for name, options in bench.candidates.items()

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from toolkit.graph.labels import SINGLE, Dims, Entries, Labels, Solution
 from toolkit.graph.rules import Flow, Mixing, aten, place, propagate
@@ -112,6 +112,24 @@ class Program:
     def nodes(self) -> dict[str, Node]:
         return {n.name: n for n in self.module.graph.nodes}
 
+    @cached_property
+    def image_outer(self) -> dict[str, int]:
+        """Of convolutions and linears, how their rows are dealt to the images: row (o N + n) I + i is image n's, o < this number.
+
+        Rows are the first dimension of a convolution, all but the last of a linear. Mostly it is 1, image by image; PyTorch's own
+        attention has its tokens first. Told by a probe: the rows that change when one image does.
+        """
+        images = len(self.example)
+        generator = torch.Generator().manual_seed(0)
+        one = torch.rand(self.example.shape, generator=generator)
+        other = torch.cat([torch.rand(one[:1].shape, generator=generator), one[1:]])
+        first, second = (_Outputs(self.module).of(x.to(self.example.dtype)) for x in (one, other))
+        return {name: _outer(y, second[name], images, name in self.linears) for name, y in first.items()}
+
+    @cached_property
+    def linears(self) -> frozenset[str]:
+        return frozenset(n.name for n in self.module.graph.nodes if n.target in LINEARS)
+
     def channels(self, node: str, axis: int) -> list[tuple[str, int] | None]:
         """(group, channel) of every entry along a dimension; None where nothing can be removed."""
         entries = self.dims[node][axis]
@@ -160,6 +178,37 @@ class Program:
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
+
+
+class _Outputs(Interpreter):
+    """Runs a program and keeps what its convolutions and linears put out."""
+
+    def of(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.found: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            self.run(x)
+        return self.found
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        if n.target in MIXERS and isinstance(value, torch.Tensor):
+            self.found[n.name] = value
+        return value
+
+
+def _outer(y: torch.Tensor, changed: torch.Tensor, images: int, linear: bool) -> int:
+    """The least number of repetitions of the images under which only rows of the first one changed; 1 where there is none."""
+    apart = (y - changed).abs()
+    rows = apart.flatten(0, -2).amax(1) if linear else apart.flatten(1).amax(1)
+    moved = rows > 1e-6 * y.abs().max()
+    each, rest = divmod(len(rows), images)
+    if rest:
+        return 1
+    at = torch.arange(len(rows))
+    fitting = (
+        outer for outer in range(1, each + 1) if each % outer == 0 and not moved[at // (each // outer) % images != 0].any()
+    )
+    return next(fitting, 1)
 
 
 def operand(node: Node, index: int) -> Node:

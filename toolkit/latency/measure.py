@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from toolkit.latency.table import (
     kernel_rows,
     load_samples,
     load_table,
+    locked,
     merge_table,
     now,
     read_partial,
@@ -49,19 +48,6 @@ BASE = ("train", "held_out", "extra")  # roles of the networks that belong to ev
 PLAN_S = 4.0  # for a network that is measured on demand
 REUSED_SAMPLES = 40  # of a kernel, from which on another model's rows stand for profiling it
 REUSED_SHARE = 0.5  # of the networks that are measured where all kernels are known
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a fingerprint's table alone. TableError: another process has it. The lock ends with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            message = f"Another edgekit is measuring for the latency table in {folder}."
-            raise TableError(message, "Wait until it has finished, then run the same command again.") from None
-        yield
 
 
 @dataclass

@@ -7,12 +7,13 @@ fitted from; the same file gives the same model.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,19 @@ def share_table(folder: Path, out: Path, fingerprint: Fingerprint) -> None:
         save_samples(out / path.parent.name, msgspec.structs.replace(samples, networks=first))
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a fingerprint's table alone. TableError: another process has it. The lock ends with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            message = f"Another edgekit is measuring for the latency table in {folder}."
+            raise TableError(message, "Wait until it has finished, then run the same command again.") from None
+        yield
+
+
 def adopt_table(source: Path, folder: Path, fingerprint: Fingerprint) -> None:
     """Take what a table measured elsewhere has and this one has not.
 
@@ -243,14 +257,23 @@ def adopt_table(source: Path, folder: Path, fingerprint: Fingerprint) -> None:
             f"Run: {measuring_command(fingerprint)}, for a table of this device.",
         )
     header, rows = load_table(source, fingerprint)
-    for path in sorted(source.glob(f"*/{SAMPLES}")):
-        if not (folder / path.parent.name / SAMPLES).exists():
-            save_samples(folder / path.parent.name, load_samples(path.parent, fingerprint))
-    kept, there = load_table(folder, fingerprint) if (folder / HEADER).exists() else (None, [])
-    known = kept.models.keys() if kept else set()
-    if not header.models.keys() <= known:
-        places = {(row.key, row.c_in, row.c_out) for row in there} if header.models.keys() & known else set()
-        _merge(folder, header, [row for row in rows if (row.key, row.c_in, row.c_out) not in places])
+    samples = [path.parent for path in sorted(source.glob(f"*/{SAMPLES}"))]
+    new = [path for path in samples if not (folder / path.name / SAMPLES).exists()]
+    if not new and _models(folder, fingerprint) >= header.models.keys():
+        return
+    with locked(folder):
+        for path in (path for path in new if not (folder / path.name / SAMPLES).exists()):
+            save_samples(folder / path.name, load_samples(path, fingerprint))
+        there = load_table(folder, fingerprint)[1] if (folder / HEADER).exists() else []
+        known = _models(folder, fingerprint)
+        if not header.models.keys() <= known:
+            places = {(row.key, row.c_in, row.c_out) for row in there} if header.models.keys() & known else set()
+            _merge(folder, header, [row for row in rows if (row.key, row.c_in, row.c_out) not in places])
+
+
+def _models(folder: Path, fingerprint: Fingerprint) -> set[str]:
+    """The models whose kernels a table has."""
+    return set(load_table(folder, fingerprint)[0].models) if (folder / HEADER).exists() else set()
 
 
 def _merge(folder: Path, added: TableHeader, rows: Sequence[TableRow]) -> None:

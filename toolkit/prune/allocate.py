@@ -9,15 +9,20 @@ Costs are joint in the widths on both sides of a place. Those of one group are l
 per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. A side that is a sum of groups (a
 stream that grows, a concatenation) first gets a selector per total, which then takes the part of z. Only where the totals
 are too many for that, the cost is taken as affine in the sum c for each value k of the other side: alpha_k [k] + beta_k y_k
-with y_k = c [k], sum_k y_k = c.
+with y_k = c [k], sum_k y_k = c. A limit on memory is a row of the same kind for every moment of an inference:
+what the weights and the tensors alive then take is at most the limit.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,16 +34,17 @@ from toolkit.schema import ChannelGroup, DimForm
 MAX_COMBINATIONS = 2000  # of the widths of groups in one sum, and of the totals on both sides of one place
 MAX_TOTALS = 64  # values of a sum of groups that get a selector each
 TIE_BREAK = 1e-5  # worth of the whole budget, as a share of the largest loss
-CORRECTIONS = 8  # of the budget, where affine costs were too hopeful
+CORRECTIONS = 8  # of budget and memory, where affine costs were too hopeful
 TOLERANCE = 1e-6  # of the solver, on the budget
 
 Widths = Mapping[str, int]
 Column = int
 Expression = dict[Column, float]
+Priced = tuple[int, "SiteCost"]  # a place, and the resource that it costs: 0 latency, 1 weights, 2 and on the moments
 
 
 class SiteCost(Protocol):
-    """What one place of the network costs at its channels in and out, in nanoseconds."""
+    """What one place of the network costs at its channels in and out: nanoseconds, or bytes."""
 
     @property
     def name(self) -> str: ...
@@ -60,6 +66,15 @@ class Allocation:
     optimality_gap: float
 
 
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The most that weights and the tensors alive at any one of the moments may take together, in bytes."""
+
+    weights: Sequence[SiteCost]
+    moments: Sequence[Sequence[SiteCost]]
+    limit_bytes: float
+
+
 def allocate(
     groups: Sequence[ChannelGroup],
     candidates: Mapping[str, Sequence[int]],
@@ -68,31 +83,37 @@ def allocate(
     overhead_ns: float,
     budget_ns: float,
     *,
+    memory: MemoryLimit | None = None,
     time_limit_s: float = 20.0,
 ) -> Allocation:
-    """Widths of least summed loss within the budget; of equal losses, the faster.
+    """Widths of least summed loss within the budget and the memory; of equal losses, the faster.
 
     A group without candidates keeps its width. A candidate without a loss costs nothing.
 
     Raises:
-        BudgetError: no widths are fast enough; carries the floor.
+        BudgetError: no widths are fast enough and small enough; carries the floor.
     """
     choices = _choices(groups, candidates)
-    program = _Program(choices, sites, overhead_ns)
-    weights = program.loss_vector(losses)
-    scale = float(np.abs(weights).max()) or 1.0
-    objective = weights / scale + TIE_BREAK * program.latency / max(budget_ns, 1.0)
-    allowed = budget_ns
+    allowed, room = budget_ns, memory
     for _ in range(CORRECTIONS):
-        found = program.solve(objective, allowed, time_limit_s)
+        program = _Program(choices, sites, overhead_ns, room)
+        weights = program.loss_vector(losses)
+        scale = float(np.abs(weights).max()) or 1.0
+        found = program.solve(weights / scale + TIE_BREAK * program.latency / max(budget_ns, 1.0), allowed, time_limit_s)
         if found is None:
             break
         widths, gap = found
         predicted = latency_ns(sites, overhead_ns, widths)
-        if predicted <= budget_ns * (1 + 2 * TOLERANCE):
+        slow = predicted - budget_ns
+        large = memory_bytes(memory, widths) - memory.limit_bytes if memory else 0.0
+        fits = large <= 0.0
+        if slow <= 2 * TOLERANCE * budget_ns and fits:
             return Allocation(widths, predicted, _loss(losses, widths), gap)
-        allowed -= predicted - budget_ns + TOLERANCE * budget_ns
-    fastest = floor(groups, candidates, losses, sites, overhead_ns, time_limit_s=time_limit_s)
+        if slow > 0:
+            allowed -= slow + TOLERANCE * budget_ns
+        if room and not fits:
+            room = replace(room, limit_bytes=room.limit_bytes * (1 - TOLERANCE) - large)
+    fastest = floor(groups, candidates, losses, sites, overhead_ns, memory=memory, time_limit_s=time_limit_s)
     if fastest.predicted_ns <= budget_ns:
         return Allocation(fastest.widths, fastest.predicted_ns, fastest.loss, 1.0)
     smallest = fastest.predicted_ns
@@ -111,13 +132,26 @@ def floor(
     sites: Sequence[SiteCost],
     overhead_ns: float,
     *,
+    memory: MemoryLimit | None = None,
     time_limit_s: float = 20.0,
 ) -> Allocation:
-    """The fastest network the candidates allow, whatever it loses."""
-    program = _Program(_choices(groups, candidates), sites, overhead_ns)
+    """The fastest network the candidates and the memory allow, whatever it loses.
+
+    Raises:
+        BudgetError: even the narrowest network takes more memory.
+    """
+    choices = _choices(groups, candidates)
+    narrowest = {name: min(widths) for name, widths in choices.items()}
+    if memory and (least := memory_bytes(memory, narrowest)) > memory.limit_bytes:
+        raise BudgetError(
+            f"No plan fits into {memory.limit_bytes / 1e6:.4g} MB: weights and activations of the narrowest network that pruning"
+            f" can make take {least / 1e6:.4g} MB.",
+            f"The smallest limit that works is --max-memory {math.ceil(least / 1e3)}KB.",
+        )
+    program = _Program(choices, sites, overhead_ns, memory)
     found = program.solve(program.latency / float(np.abs(program.latency).max() or 1.0), math.inf, time_limit_s)
     if found is None:  # stopped before the first solution: narrow everything, which always fits the candidates
-        found = {name: min(widths) for name, widths in program.choices.items()}, 1.0
+        found = narrowest, 1.0
     widths, gap = found
     return Allocation(widths, latency_ns(sites, overhead_ns, widths), _loss(losses, widths), gap)
 
@@ -125,6 +159,11 @@ def floor(
 def latency_ns(sites: Sequence[SiteCost], overhead_ns: float, widths: Widths) -> float:
     """Predicted latency of these widths."""
     return overhead_ns + sum(site.cost(site.c_in.at(widths), site.c_out.at(widths)) for site in sites)
+
+
+def memory_bytes(memory: MemoryLimit, widths: Widths) -> float:
+    """What weights and activations take at these widths, at the moment when that is most."""
+    return latency_ns(memory.weights, 0.0, widths) + max((latency_ns(m, 0.0, widths) for m in memory.moments), default=0.0)
 
 
 def _choices(groups: Sequence[ChannelGroup], candidates: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -135,6 +174,22 @@ def _loss(losses: Mapping[str, Mapping[int, float]], widths: Widths) -> float:
     return sum(losses.get(name, {}).get(width, 0.0) for name, width in widths.items())
 
 
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What C code prints to stdout goes to stderr: some versions of HiGHS print though told not to (HiGHS issue 2734)."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 @dataclass
 class _Program:
     """The integer program of a network, built once: columns, equalities, and what each column adds to the latency."""
@@ -142,7 +197,9 @@ class _Program:
     choices: dict[str, tuple[int, ...]]
     sites: Sequence[SiteCost]
     overhead_ns: float
-    costs: list[float] = field(default_factory=list)  # of each column, in ns
+    memory: MemoryLimit | None = None
+    costs: list[Expression] = field(default_factory=list)  # of each resource: latency, weights, tensors at every moment
+    constants: list[float] = field(default_factory=list)
     integral: list[int] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
     rows: list[tuple[Expression, float, float]] = field(default_factory=list)  # (terms, least, most)
@@ -151,33 +208,48 @@ class _Program:
 
     def __post_init__(self) -> None:
         for name, widths in self.choices.items():
-            self.one_hot[name] = [self._column(0.0, integral=True) for _ in widths]
+            self.one_hot[name] = [self._column(integral=True) for _ in widths]
             self.rows.append((dict.fromkeys(self.one_hot[name], 1.0), 1.0, 1.0))
-        self.constant = self.overhead_ns
-        joint: dict[tuple[str, ...], list[SiteCost]] = {}
-        paired: dict[tuple[DimForm, DimForm], list[SiteCost]] = {}
-        for site in self.sites:
-            involved = tuple(sorted({*self._varying(site.c_in), *self._varying(site.c_out)}))
-            if len(involved) <= 2:
-                joint.setdefault(involved, []).append(site)
-            else:
-                paired.setdefault((site.c_in, site.c_out), []).append(site)
-        for involved, sites in sorted(joint.items()):
-            self._add_joint(involved, sites)
-        for (c_in, c_out), sites in paired.items():
+        resources = [self.sites, *((self.memory.weights, *self.memory.moments) if self.memory else ())]
+        self.costs = [{} for _ in resources]
+        self.constants = [0.0 for _ in resources]
+        joint: dict[tuple[str, ...], list[Priced]] = {}
+        paired: dict[tuple[DimForm, DimForm], list[Priced]] = {}
+        for resource, sites in enumerate(resources):
+            for site in sites:
+                involved = tuple(sorted({*self._varying(site.c_in), *self._varying(site.c_out)}))
+                if len(involved) <= 2:
+                    joint.setdefault(involved, []).append((resource, site))
+                else:
+                    paired.setdefault((site.c_in, site.c_out), []).append((resource, site))
+        for involved, priced in sorted(joint.items()):
+            self._add_joint(involved, priced)
+        for (c_in, c_out), priced in paired.items():
             sizes = [len(self._values(form)) for form in (c_in, c_out)]
             if max(sizes) <= MAX_TOTALS and math.prod(sizes) <= MAX_COMBINATIONS:
-                self._add_paired(c_in, c_out, sites)
+                self._add_paired(c_in, c_out, priced)
             else:
-                for site in sites:
-                    self._add_affine(site)
+                for resource, site in priced:
+                    self._add_affine(resource, site)
+        if self.memory:
+            weights, fixed = self.costs[1], self.constants[1]
+            for moment, constant in zip(self.costs[2:] or [{}], self.constants[2:] or [0.0], strict=True):
+                together = {column: weights.get(column, 0.0) + moment.get(column, 0.0) for column in {**weights, **moment}}
+                self.rows.append(self._at_most(together, self.memory.limit_bytes, fixed + constant))
 
     @property
     def latency(self) -> NDArray[np.float64]:
-        return np.array(self.costs)
+        vector = np.zeros(len(self.integral))
+        vector[list(self.costs[0])] = list(self.costs[0].values())
+        return vector
+
+    def _at_most(self, terms: Expression, limit: float, constant: float) -> tuple[Expression, float, float]:
+        """The row terms + constant <= limit, in units of the limit."""
+        unit = max(abs(limit), 1.0)
+        return {column: cost / unit for column, cost in terms.items() if cost}, -math.inf, (limit - constant) / unit
 
     def loss_vector(self, losses: Mapping[str, Mapping[int, float]]) -> NDArray[np.float64]:
-        vector = np.zeros(len(self.costs))
+        vector = np.zeros(len(self.integral))
         for name, columns in self.one_hot.items():
             vector[columns] = [losses.get(name, {}).get(width, 0.0) for width in self.choices[name]]
         return vector
@@ -189,65 +261,72 @@ class _Program:
 
         rows = list(self.rows)
         if math.isfinite(budget_ns):
-            allowed = budget_ns - self.constant
-            unit = max(abs(budget_ns), 1.0)
-            rows.append(({column: cost / unit for column, cost in enumerate(self.costs) if cost}, -math.inf, allowed / unit))
+            rows.append(self._at_most(self.costs[0], budget_ns, self.overhead_ns + self.constants[0]))
         entries = [(r, c, v) for r, (terms, _, _) in enumerate(rows) for c, v in terms.items()]
         r, c, v = zip(*entries, strict=True)
-        matrix: Any = csr_array((v, (r, c)), shape=(len(rows), len(self.costs)))
-        result = milp(
-            objective,
-            integrality=np.array(self.integral),
-            bounds=Bounds(0, np.array(self.upper)),
-            constraints=LinearConstraint(matrix, np.array([row[1] for row in rows]), np.array([row[2] for row in rows])),
-            options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},
-        )
+        matrix: Any = csr_array((v, (r, c)), shape=(len(rows), len(self.integral)))
+        with stdout_to_stderr():
+            result = milp(
+                objective,
+                integrality=np.array(self.integral),
+                bounds=Bounds(0, np.array(self.upper)),
+                constraints=LinearConstraint(matrix, np.array([row[1] for row in rows]), np.array([row[2] for row in rows])),
+                options={"time_limit": time_limit_s, "mip_rel_gap": 0.0},
+            )
         if result.x is None:
             return None
         widths = {name: self.choices[name][int(np.argmax(result.x[columns]))] for name, columns in self.one_hot.items()}
         gap = float(result.mip_gap) if result.mip_gap is not None else 0.0
         return widths, gap if gap > TOLERANCE else 0.0
 
-    def _column(self, cost: float, *, integral: bool = False, upper: float = 1.0) -> Column:
-        self.costs.append(cost)
+    def _column(self, *, integral: bool = False, upper: float = 1.0) -> Column:
         self.integral.append(int(integral))
         self.upper.append(upper)
-        return len(self.costs) - 1
+        return len(self.integral) - 1
+
+    def _charge(self, resource: int, column: Column, cost: float) -> None:
+        self.costs[resource][column] = self.costs[resource].get(column, 0.0) + cost
 
     def _widths(self, involved: Sequence[str], combination: Sequence[int]) -> dict[str, int]:
         """Widths of these groups, and of those that have no choice."""
         fixed = {name: widths[0] for name, widths in self.choices.items() if len(widths) == 1}
         return fixed | dict(zip(involved, combination, strict=True))
 
-    def _add_joint(self, involved: tuple[str, ...], sites: Sequence[SiteCost]) -> None:
+    def _add_joint(self, involved: tuple[str, ...], priced: Sequence[Priced]) -> None:
         """Exact costs: a variable for every combination of the groups' widths, tied to the one-hots by its marginals."""
         marginals: dict[tuple[str, int], Expression] = {}
         for combination in itertools.product(*(range(len(self.choices[name])) for name in involved)):
             widths = self._widths(involved, [self.choices[name][i] for name, i in zip(involved, combination, strict=True)])
-            cost = latency_ns(sites, 0.0, widths)
-            if not involved:
-                self.constant += cost
-            elif len(involved) == 1:
-                self.costs[self.one_hot[involved[0]][combination[0]]] += cost
-            else:
-                column = self._column(cost)
+            column = -1
+            if len(involved) == 1:
+                column = self.one_hot[involved[0]][combination[0]]
+            elif len(involved) == 2:
+                column = self._column()
                 for place in zip(involved, combination, strict=True):
                     marginals.setdefault(place, {})[column] = 1.0
+            for resource, site in priced:
+                cost = site.cost(site.c_in.at(widths), site.c_out.at(widths))
+                if involved:
+                    self._charge(resource, column, cost)
+                else:
+                    self.constants[resource] += cost
         for (name, index), terms in marginals.items():
             self.rows.append(({**terms, self.one_hot[name][index]: -1.0}, 0.0, 0.0))
 
-    def _add_paired(self, c_in: DimForm, c_out: DimForm, sites: Sequence[SiteCost]) -> None:
+    def _add_paired(self, c_in: DimForm, c_out: DimForm, priced: Sequence[Priced]) -> None:
         """Exact costs: a variable for every pair of totals, tied to the totals' selectors by its marginals."""
         first, second = self._selectors(c_in), self._selectors(c_out)
         marginals: dict[Column, Expression] = {}
         for (a, left), (b, right) in itertools.product(first.items(), second.items()):
-            column = self._column(sum(site.cost(a, b) for site in sites))
+            column = self._column()
+            for resource, site in priced:
+                self._charge(resource, column, site.cost(a, b))
             marginals.setdefault(left, {})[column] = 1.0
             marginals.setdefault(right, {})[column] = 1.0
         for selector, terms in marginals.items():
             self.rows.append(({**terms, selector: -1.0}, 0.0, 0.0))
 
-    def _add_affine(self, site: SiteCost) -> None:
+    def _add_affine(self, resource: int, site: SiteCost) -> None:
         """Costs affine in the side that takes more values, for each value of the other side."""
         swapped = len(self._values(site.c_in)) < len(self._values(site.c_out))
         inner, outer = (site.c_in, site.c_out) if swapped else (site.c_out, site.c_in)
@@ -257,8 +336,9 @@ class _Program:
         for k, selector in self._selectors(inner).items():
             costs = np.array([site.cost(k, int(c)) if swapped else site.cost(int(c), k) for c in samples])
             beta, alpha = np.polyfit(samples, costs, 1) if len(samples) > 1 else (0.0, costs[0])
-            self.costs[selector] += float(alpha)
-            part = self._column(float(beta), upper=float(high))
+            self._charge(resource, selector, float(alpha))
+            part = self._column(upper=float(high))
+            self._charge(resource, part, float(beta))
             split[part] = 1.0
             self.rows.append(({part: 1.0, selector: -float(high)}, -math.inf, 0.0))
             self.rows.append(({part: 1.0, selector: -float(low)}, 0.0, math.inf))
@@ -274,7 +354,7 @@ class _Program:
     def _single(self, form: DimForm) -> dict[int, Column]:
         varying = self._varying(form)
         if not varying:
-            always = self._column(0.0)
+            always = self._column()
             self.rows.append(({always: 1.0}, 1.0, 1.0))
             return {form.at(self._widths((), ())): always}
         name = varying[0]
@@ -289,14 +369,14 @@ class _Program:
             if len(values) <= MAX_TOTALS
             else sorted({values[round(i)] for i in np.linspace(0, len(values) - 1, MAX_TOTALS)})
         )
-        columns = {value: self._column(0.0, integral=True) for value in thin}
+        columns = {value: self._column(integral=True) for value in thin}
         self.rows.append((dict.fromkeys(columns.values(), 1.0), 1.0, 1.0))
         varying = self._varying(form)
         if len(thin) == len(values) and math.prod(len(self.choices[name]) for name in varying) <= MAX_COMBINATIONS:
             marginals: dict[Column, Expression] = {}
             for combination in itertools.product(*(range(len(self.choices[name])) for name in varying)):
                 widths = [self.choices[name][index] for name, index in zip(varying, combination, strict=True)]
-                column = self._column(0.0)
+                column = self._column()
                 owners = [self.one_hot[name][index] for name, index in zip(varying, combination, strict=True)]
                 for owner in (*owners, columns[form.at(self._widths(varying, widths))]):
                     marginals.setdefault(owner, {})[column] = 1.0

@@ -7,6 +7,7 @@ channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Consumer:
         norm: the BatchNorm node that alone reads its output, "" if none; `norm_mean` that norm's running mean.
         window: the kernel's height and width, () for linears; `channels` input channels.
         groups: independent maps that the channels are dealt to, in order.
+        positions: output positions of an image; `outer` how they and the images are interleaved, see `Program.image_outer`.
     """
 
     node: str
@@ -44,6 +46,8 @@ class Consumer:
     window: tuple[int, ...]
     channels: int
     groups: int = 1
+    positions: int = 1
+    outer: int = 1
 
     @property
     def kernel(self) -> int:
@@ -65,7 +69,7 @@ def consumer(program: Program, node: Node) -> Consumer | None:
         window, groups = program.shapes[operand(node, 1).name][2:], int(argument(node, 6, "groups", 1))
     else:
         return None
-    bias = argument(node, 2, "bias")
+    bias, shape = argument(node, 2, "bias"), program.shapes[node.name]
     users = list(node.users)
     norm = users[0] if len(users) == 1 and users[0].target in BATCH_NORMS else None
     return Consumer(
@@ -78,6 +82,8 @@ def consumer(program: Program, node: Node) -> Consumer | None:
         window=window,
         channels=program.shapes[operand(node, 1).name][1] * groups,
         groups=groups,
+        positions=math.prod(shape[:-1] if not window else (shape[0], *shape[2:])) // len(program.example),
+        outer=program.image_outer[node.name],
     )
 
 
@@ -147,25 +153,38 @@ def group_columns(program: Program, c: Consumer, group: str) -> Entries:
     return np.stack([columns_of(c, np.asarray(positions[i])) for i in sorted(positions)])
 
 
-def rows(c: Consumer, node: Node, x: torch.Tensor, limit: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows X of the linear map from activations x, at most `limit` output positions an image, with those positions' flat indices.
-
-    Positions are the same for every image of the call, so that targets can be gathered alike.
-    """
+def rows(c: Consumer, node: Node, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows X [N * len(at), D] of the linear map from activations x, at these flat output positions, image by image."""
     if node.target is aten.linear.default:
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        at = torch.randperm(flat.shape[1], generator=generator)[:limit].sort().values
-        return flat[:, at].reshape(-1, x.shape[-1]), at
+        return dealt(c, x.flatten(0, -2))[:, at].flatten(0, 1)
     stride, padding, dilation = (
         argument(node, i, name, d) for i, name, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     )
     patches = F.unfold(x, c.window, dilation=dilation, padding=padding, stride=stride)  # [N, D, L]
-    at = torch.randperm(patches.shape[2], generator=generator)[:limit].sort().values
-    return patches[:, :, at].transpose(1, 2).reshape(-1, patches.shape[1]), at
+    if patches.shape[2] == c.positions:  # every image is one entry of the first dimension
+        return patches[:, :, at].transpose(1, 2).reshape(-1, patches.shape[1])
+    return dealt(c, patches.transpose(1, 2).flatten(0, 1))[:, at].flatten(0, 1)
 
 
-def target_rows(y: torch.Tensor, node: Node, at: torch.Tensor) -> torch.Tensor:
-    """Outputs [N, O, ...] at the sampled positions, one row each."""
-    if node.target is aten.linear.default:
-        return y.reshape(len(y), -1, y.shape[-1])[:, at].reshape(-1, y.shape[-1])
-    return y.flatten(2)[:, :, at].transpose(1, 2).reshape(-1, y.shape[1])
+def target_rows(c: Consumer, y: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Outputs of the operator at these positions, one row each, in the order of `rows`."""
+    return by_image(c, y)[:, at].flatten(0, 1)
+
+
+def by_image(c: Consumer, y: torch.Tensor) -> torch.Tensor:
+    """The operator's output as [images, positions, channels]."""
+    return dealt(c, y.flatten(2).transpose(1, 2).flatten(0, 1) if c.window else y.flatten(0, -2))
+
+
+def dealt(c: Consumer, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [outer * images * inner, D] as [images, positions, D]."""
+    return rows.reshape(c.outer, -1, c.positions // c.outer, rows.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+
+def spread(c: Consumer, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A factor for every image and input channel, [images, channels], shaped to be multiplied with the operator's input x."""
+    linear = not c.window
+    rows = x[..., 0].numel() if linear else len(x)
+    inner = rows // (c.outer * len(scale))
+    each = scale[None, :, None].expand(c.outer, -1, inner, -1)
+    return each.reshape(x.shape) if linear else each.reshape(*x.shape[:2], *[1] * (x.ndim - 2))

@@ -12,8 +12,9 @@ interval lies inside +-NEUTRAL; undecided otherwise. This follows our reading of
 Ahmad; arXiv 2510.18636); it is no reproduction.
 
 Every channel is screened by the first-order estimate of l_n (one backward pass for all of them). That shows what is critical,
-and no more: a channel that a small change would not be missed in may still be needed. So the others are then removed for real,
-the most promising first, as many as the budget of forward passes allows; without that they stay undecided. The record says which.
+and no more: a channel that a small change would not be missed in may still be needed. So channels are then removed for real, the
+most promising first, on a few images; and those near a boundary between categories, the nearest first, on all images, as far as
+the budget of forward passes goes. What was never removed stays undecided unless it is critical. The record says which.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ from scipy.stats import t as student
 
 from toolkit.graph import Program
 from toolkit.graph.program import operand
-from toolkit.prune.consumers import scored
+from toolkit.prune.consumers import Consumer, consumer, scored, spread
 from toolkit.prune.engine import Cached, Engine, chunked, joined
+from toolkit.prune.positions import Importance, position_importance
 from toolkit.schema import Category, CategoryCounts, Effect
 
 EPSILON = 1e-3
 NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
-INTERVENTION_IMAGES = 64
+FIRST_IMAGES = 32  # that every channel is removed on before any is on all
+SURE = 6.0  # standard errors from the nearest boundary between categories: no further images are needed
 DISCOVERY_RATE = 0.05
 EFFECT_MACS = 5e11  # multiply-accumulates that interventions may always cost
 TIERS: dict[Category, int] = {"detrimental": 0, "neutral": 1, "undecided": 2, "critical": 3}  # which go first
 
 Progress = Callable[[str, float, float], None]
 Array = npt.NDArray[np.float64]
+Key = tuple[str, int]  # group, channel
 
 
 def log_odds(outputs: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -53,28 +57,33 @@ def log_odds(outputs: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one backward pass a chunk tells.
+    """What backward passes tell.
 
     Attributes:
         effects: per group [M, width]: first-order change of the log-odds when the channel is removed.
         importance: per consumer node [O]: E |d(v . f)/dy_o|^2 for random signs v, how far the outputs move with that output
             channel.
+        positions: likewise per convolution and linear [L]: how far the outputs move with each output position.
     """
 
     effects: dict[str, Array]
     importance: dict[str, torch.Tensor]
+    positions: Importance
 
 
 def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: int = 0) -> Sensitivity:
     """First-order effects of all channels of all prunable groups, and importance of every consumer's output channels."""
-    indices: dict[str, list[tuple[str, torch.Tensor, torch.Tensor, int]]] = {}
+    indices: dict[str, list[tuple[str, torch.Tensor, torch.Tensor]]] = {}
+    consumers: dict[str, Consumer] = {}
     for group in scored(program):
         for name in group.consumers:
-            weight_node = operand(program.nodes[name], 1).name
-            owners = program.channels(weight_node, 1)
+            c = consumer(program, program.nodes[name])
+            assert c is not None  # as the group is scored
+            consumers[name] = c
+            owners = program.channels(operand(program.nodes[name], 1).name, 1)
             at = [(i, o[1]) for i, o in enumerate(owners) if o and o[0] == group.name]
             where, channel = torch.tensor(at).T
-            indices.setdefault(name, []).append((group.name, where, channel, len(owners)))
+            indices.setdefault(name, []).append((group.name, where, channel))
     parts: dict[str, list[Array]] = {g.name: [] for g in scored(program)}
     importance: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -87,11 +96,11 @@ def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: 
                 return args
             x = args[0]
             assert isinstance(x, torch.Tensor)
-            axis = x.ndim - 1 if node.target is torch.ops.aten.linear.default else 1
-            scale = torch.ones(len(x), indices[node.name][0][3])
-            for group, where, channel, _ in indices[node.name]:
-                scale = scale.index_put((slice_all(len(x)), where), masks[group][:, channel])  # noqa: B023
-            return (x * scale.reshape([len(x)] + [-1 if d == axis else 1 for d in range(1, x.ndim)]), *args[1:])
+            c = consumers[node.name]
+            scale = torch.ones(len(chunk), c.channels)  # noqa: B023
+            for group, where, channel in indices[node.name]:
+                scale = scale.index_put((slice_all(len(scale)), where), masks[group][:, channel])  # noqa: B023
+            return (x * spread(c, scale, x), *args[1:])
 
         out, outputs_of = engine.run(chunk, hook=hook, keep=set(indices))
         logits = joined(out)
@@ -107,7 +116,11 @@ def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: 
         moved = torch.autograd.grad(quantity.sum(), list(masks.values()), allow_unused=True)
         for owner, change in zip(masks, moved, strict=True):
             parts[owner].append(np.zeros((len(chunk), masks[owner].shape[1])) if change is None else -change.double().numpy())
-    return Sensitivity({g: np.concatenate(p) for g, p in parts.items()}, {n: v / len(images) for n, v in importance.items()})
+    return Sensitivity(
+        {g: np.concatenate(p) for g, p in parts.items()},
+        {n: v / len(images) for n, v in importance.items()},
+        position_importance(engine, images, seed),
+    )
 
 
 def slice_all(n: int) -> torch.Tensor:
@@ -147,12 +160,17 @@ class Test:
 
 def paired_test(samples: Array) -> Test:
     """Student's t on paired differences; constant samples give a degenerate interval."""
-    n, mean = len(samples), float(samples.mean())
+    n = len(samples)
     error = float(samples.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    return interval(float(samples.mean()), error, n - 1)
+
+
+def interval(mean: float, error: float, freedom: int) -> Test:
+    """Student's t of a mean with this standard error."""
     if error == 0.0:
         return Test(mean, mean, mean, 1.0 if mean == 0.0 else 0.0)
-    half = float(student.ppf(0.975, n - 1)) * error
-    return Test(mean, mean - half, mean + half, float(2 * student.sf(abs(mean) / error, n - 1)))
+    half = float(student.ppf(0.975, freedom)) * error if freedom > 0 else float("inf")
+    return Test(mean, mean - half, mean + half, float(2 * student.sf(abs(mean) / error, max(freedom, 1))))
 
 
 def categorise(tests: list[Test], rate: float = DISCOVERY_RATE, neutral: float = NEUTRAL) -> tuple[list[Category], list[float]]:
@@ -186,49 +204,98 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
         passes: forward passes over the cached images that real interventions may cost, counted by the share of the
             network and of the images that each runs.
     """
-    program, engine = cached.engine.program, cached.engine
-    images, few = len(cached.images), min(INTERVENTION_IMAGES, len(cached.images))
+    program = cached.engine.program
     keys = [(g.name, n) for g in scored(program) for n in range(g.width)]
-    screened = {(g, n): sensitivity.effects[g][:images, n] for g, n in keys}
-    tests = {k: paired_test(v) for k, v in screened.items()}
-    total = len(engine.steps)
-    share = {
-        g.name: (1.0 - cached.restart(first_consumer(program, engine, g.name)) / total) * few / images for g in scored(program)
-    }
-    promising = sorted(keys, key=lambda k: -tests[k].high)
-    relative: dict[tuple[str, int], Array] = {}
-    spent, done = 0.0, set()
-    for key in promising:
-        if spent + share[key[0]] > passes:
-            continue
-        spent += share[key[0]]
-        with torch.no_grad():
-            after = cached.outputs_with(removal(program, engine, *key), first_consumer(program, engine, key[0]), images=few)
-        relative[key], odds = paired(cached.outputs[:few], after)
-        tests[key] = paired_test(odds)
-        done.add(key)
-        progress("causal effects", spent, passes)
+    work = _Interventions(cached, sensitivity, passes, progress)
+    for key in sorted(keys, key=lambda k: -paired_test(work.screened(k)).high):
+        work.extend(key, min(FIRST_IMAGES, len(cached.images)))
+    for key in sorted(work.odds, key=lambda k: doubt(work.estimate(k))):
+        if doubt(work.estimate(key)) < SURE:
+            work.extend(key, len(cached.images))
     progress("causal effects", passes, passes)
-    label = cached.outputs.argmax(1)
-    chance = (1.0 - cached.outputs.softmax(1).gather(1, label[:, None])[:, 0]).double().numpy()
+    tests = {key: work.estimate(key) for key in keys}
     found, q_values = categorise([tests[k] for k in keys])
-    categories = [
-        category if k in done or category == "critical" else "undecided" for k, category in zip(keys, found, strict=True)
-    ]
+    label = cached.outputs.argmax(1)
+    chance = (1.0 - cached.outputs.softmax(1).gather(1, label[:, None])[:, 0]).double().numpy()  # dp/p = (1 - p) d(logit p)
     return [
         Effect(
-            group=k[0],
-            channel=k[1],
-            effect=float(relative[k].mean() if k in relative else (screened[k] * chance).mean()),  # dp/p = (1 - p) d(logit p)
-            effect_logodds=tests[k].mean,
-            ci_low=tests[k].low,
-            ci_high=tests[k].high,
+            group=key[0],
+            channel=key[1],
+            effect=float(work.relative[key].mean() if key in work.odds else (work.screened(key) * chance).mean()),
+            effect_logodds=tests[key].mean,
+            ci_low=tests[key].low,
+            ci_high=tests[key].high,
             q_value=q,
-            category=category,
-            source="intervention" if k in done else "gradient",
+            category=category if key in work.odds or category == "critical" else "undecided",
+            source="intervention" if key in work.odds else "gradient",
         )
-        for k, category, q in zip(keys, categories, q_values, strict=True)
+        for key, category, q in zip(keys, found, q_values, strict=True)
     ]
+
+
+class _Interventions:
+    """What real removals of single channels did so far, and what they cost."""
+
+    def __init__(self, cached: Cached, sensitivity: Sensitivity, passes: float, progress: Progress) -> None:
+        self.cached, self.sensitivity, self.passes, self.progress = cached, sensitivity, passes, progress
+        self.spent = 0.0
+        self.odds: dict[Key, Array] = {}  # effects on the first images
+        self.relative: dict[Key, Array] = {}
+        engine, total = cached.engine, len(cached.engine.steps)
+        self.first = {g.name: first_consumer(engine.program, engine, g.name) for g in scored(engine.program)}
+        self.share = {name: 1.0 - cached.restart(node) / total for name, node in self.first.items()}
+
+    def screened(self, key: Key) -> Array:
+        """First-order effects on all images."""
+        return self.sensitivity.effects[key[0]][: len(self.cached.images), key[1]]
+
+    def extend(self, key: Key, images: int) -> None:
+        """Remove the channel on the images up to this many that it was not removed on yet, if the passes allow it."""
+        done = len(self.odds.get(key, ()))
+        cost = self.share[key[0]] * (images - done) / len(self.cached.images)
+        if images <= done or self.spent + cost > self.passes:
+            return
+        self.spent += cost
+        span = range(done, images)
+        with torch.no_grad():
+            removed = removal(self.cached.engine.program, self.cached.engine, *key)
+            after = self.cached.outputs_with(removed, self.first[key[0]], images=span)
+        relative, odds = paired(self.cached.outputs[done:images], after)
+        self.relative[key] = np.concatenate([self.relative.get(key, np.empty(0)), relative])
+        self.odds[key] = np.concatenate([self.odds.get(key, np.empty(0)), odds])
+        self.progress("causal effects", self.spent, self.passes)
+
+    def estimate(self, key: Key) -> Test:
+        """The effect by what is known: where the channel was removed on some images, what first order says of all of them plus
+        the mean difference on those, if that is surer than those alone.
+        """
+        screened, odds = self.screened(key), self.odds.get(key)
+        if odds is None:
+            return paired_test(screened)
+        plain = paired_test(odds)
+        if len(odds) == len(screened) or len(odds) < 2:
+            return plain
+        corrected = difference_test(odds, screened)
+        return corrected if corrected.high - corrected.low < plain.high - plain.low else plain
+
+
+def difference_test(known: Array, screened: Array) -> Test:
+    """Mean of a quantity known on the first k of n images, through an approximation known on all (the difference estimator):
+
+    mean_n(a) + mean_k(y - a),   variance  s^2(d) / k + s^2(a) / n + 2 cov(a, d) / n   with d = y - a
+    """
+    k, n = len(known), len(screened)
+    difference = known - screened[:k]
+    mean = float(screened.mean() + difference.mean())
+    between = float(np.cov(screened[:k], difference)[0, 1])
+    variance = float(difference.var(ddof=1)) / k + float(screened.var(ddof=1)) / n + 2 * between / n
+    return interval(mean, max(variance, 0.0) ** 0.5, k - 1)
+
+
+def doubt(test: Test) -> float:
+    """How many standard errors the nearest of the boundaries between categories is away: 0 and +-NEUTRAL."""
+    error = (test.high - test.mean) / 2
+    return min(abs(test.mean - boundary) for boundary in (-NEUTRAL, 0.0, NEUTRAL)) / max(error, 1e-12)
 
 
 def first_consumer(program: Program, engine: Engine, group: str) -> str:

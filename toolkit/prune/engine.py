@@ -152,19 +152,18 @@ class Cached:
         return max((p for p in self.at if p < position), default=0)
 
     def outputs_with(
-        self, overrides: Mapping[str, torch.Tensor], first: str, silence: Collection[str] = (), images: int = 0
+        self, overrides: Mapping[str, torch.Tensor], first: str, silence: Collection[str] = (), images: range | None = None
     ) -> torch.Tensor:
-        """Outputs [M, K] under an intervention whose earliest touched node is `first`; `images` limits how many are used."""
+        """Outputs [M, K] under an intervention whose earliest touched node is `first`, of these images (None: all)."""
         other = self.engine.with_params(overrides)
-        start, parts, count = self.restart(first), [], 0
+        wanted = range(len(self.images)) if images is None else images
+        start, parts, before = self.restart(first), [], 0
         for values in self.values:
-            if images and count >= images:
-                break
             value = values[start]
-            if images and count + len(value) > images:
-                value = value[: images - count]
-            parts.append(joined(other.run(value, start, silence=silence)[0]))
-            count += len(value)
+            low, high = (min(max(bound - before, 0), len(value)) for bound in (wanted.start, wanted.stop))
+            before += len(value)
+            if low < high:
+                parts.append(joined(other.run(value[low:high], start, silence=silence)[0]))
         return torch.cat(parts)
 
 

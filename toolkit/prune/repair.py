@@ -12,7 +12,6 @@ gradients. The ridge l is chosen on held-back images, "leave it as it is" among 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from toolkit.graph.program import attribute, operand
 from toolkit.graph.rules import aten
 from toolkit.prune.consumers import Consumer, can_shift, consumer, grouped, matrix, product, rows, shifted, target_rows
 from toolkit.prune.engine import Cached, Engine, Values, chunked, distortion, joined
+from toolkit.prune.positions import Importance, Positions, chosen, position_importance
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 ROWS, GROUPED_ROWS = 16_000, 4_000  # at least as many; a grouped operator's rows are as wide, but its maps are small
@@ -66,13 +66,9 @@ class Join:
 
 
 def limit_rows(c: Consumer, images: int) -> int:
+    """Output positions an image."""
     least = ROWS if c.groups == 1 else GROUPED_ROWS
     return max(1, -(-max(least, 2 * min(c.columns // c.groups, LARGEST_GRAM)) // images))
-
-
-def positions(c: Consumer) -> torch.Generator:
-    """Sampled output positions depend on the operator's name alone, so dense and pruned networks are sampled alike."""
-    return torch.Generator().manual_seed(zlib.crc32(c.node.encode()))
 
 
 def join_of(program: Program, c: Consumer) -> Join | None:
@@ -101,25 +97,21 @@ def surviving(dense: Program, node: str, axis: int, alive: Mapping[str, Sequence
 
 
 def dense_targets(
-    dense: Engine, consumers: Mapping[str, Consumer], joins: Mapping[str, Join], images: torch.Tensor
+    dense: Engine,
+    consumers: Mapping[str, Consumer],
+    sampled: Mapping[str, Positions],
+    joins: Mapping[str, Join],
+    images: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Sampled rows of the dense network's tensors: each consumer's output, or its residual sum where it joins one."""
-    program = dense.program
-    wanted = {joins[n].node if n in joins else n: None for n in consumers}
-    parts: dict[str, list[torch.Tensor]] = {n: [] for n in consumers}
+    places = {name: joins[name].node if name in joins else name for name in sampled}
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in sampled}
     with torch.no_grad():
-        for chunk in chunked(program, images):
-            _, kept = dense.run(chunk, keep=set(wanted))
+        for chunk in chunked(dense.program, images):
+            _, kept = dense.run(chunk, keep=set(places.values()))
             for name, c in consumers.items():
-                y = kept[joins[name].node if name in joins else name]
-                parts[name].append(target_rows(y, program.nodes[name], sampled(program, c, y, len(images))))
+                parts[name].append(target_rows(c, kept[places[name]], sampled[name].at))
     return {n: torch.cat(p) for n, p in parts.items()}
-
-
-def sampled(program: Program, c: Consumer, y: torch.Tensor, images: int) -> torch.Tensor:
-    """The operator's sampled output positions."""
-    count = y[0].numel() // y.shape[-1] if program.nodes[c.node].target is aten.linear.default else y[0, 0].numel()
-    return torch.randperm(count, generator=positions(c))[: limit_rows(c, images)].sort().values
 
 
 def norm_parameters(program: Program, c: Consumer, params: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -157,15 +149,22 @@ class Goal:
         target: [n, O] float32, image by image.
         usable: [O] outputs whose target is known.
         weights: [O] importance of each output in the held-back comparison.
+        counts: [n] what an error in each row counts.
     """
 
     target: torch.Tensor
     usable: torch.Tensor
     weights: torch.Tensor
+    counts: torch.Tensor
 
 
 def goal(
-    program: Program, c: Consumer, params: Mapping[str, torch.Tensor], target: torch.Tensor, other: torch.Tensor | None
+    program: Program,
+    c: Consumer,
+    params: Mapping[str, torch.Tensor],
+    target: torch.Tensor,
+    other: torch.Tensor | None,
+    positions: Positions,
 ) -> Goal:
     """The goal of an operator whose output should be `target`; with `other`, its norm's output plus `other` should be."""
     usable = torch.ones(target.shape[1], dtype=torch.bool)
@@ -175,18 +174,28 @@ def goal(
             scale, offset = norm_parameters(program, c, params)
             usable = scale.abs() > 1e-3 * scale.abs().max()
             target = ((target - offset) / torch.where(usable, scale, 1.0)).float()
+    counts = positions.weight.repeat(len(target) // len(positions.at))
     weights = torch.ones(target.shape[1])
     if c.norm:
         scale, _ = norm_parameters(program, c, params)
-        weights = (scale.square() * target.var(0)).float()
-    return Goal(target, usable, weights)
+        weights = (scale.square() * variance(target, counts)).float()
+    return Goal(target, usable, weights, counts)
+
+
+def mean(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean of rows y [n, D], each counted so much."""
+    return counts @ y / counts.sum()
+
+
+def variance(y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return mean((y - mean(y, counts)).square(), counts)
 
 
 def refit(
     c: Consumer, params: Mapping[str, torch.Tensor], x: torch.Tensor, goal: Goal, images: int
 ) -> tuple[Values, LayerRepair]:
     """New parameters of one operator with inputs x [n, D], float32, or {} where leaving it alone is best on held-back rows."""
-    target, usable, weights = goal.target, goal.usable, goal.weights
+    target, usable, weights, counts = goal.target, goal.usable, goal.weights, goal.counts
     old = matrix(params[c.weight]).float()
     output = product(c, x, old)
     if c.bias:
@@ -196,18 +205,21 @@ def refit(
     shift = can_shift(c)
 
     def centred(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean_x = x[part].mean(0) if shift else torch.zeros_like(x[0])
-        mean_r = residual[part].mean(0) if shift else torch.zeros_like(residual[0])
-        return x[part] - mean_x, residual[part] - mean_r, mean_x, mean_r
+        """Rows as least squares takes them: less their mean where the output can be shifted, scaled by what they count."""
+        mean_x = mean(x[part], counts[part]) if shift else torch.zeros_like(x[0])
+        mean_r = mean(residual[part], counts[part]) if shift else torch.zeros_like(residual[0])
+        root = counts[part, None].sqrt()
+        return (x[part] - mean_x) * root, (residual[part] - mean_r) * root, mean_x, mean_r
 
-    scale = (target[:fit].var(0) + 1e-12).reciprocal() * weights
+    seen, held = slice(0, fit), slice(fit, None)
+    scale = (variance(target[seen], counts[seen]) + 1e-12).reciprocal() * weights
 
     def error(r: torch.Tensor) -> float:
-        return float((r.square().mean(0) * scale * usable).sum() / (weights * usable).sum().clamp_min(1e-12))
+        return float((mean(r.square(), counts[held]) * scale * usable).sum() / (weights * usable).sum().clamp_min(1e-12))
 
-    held_x, held_r = x[fit:], residual[fit:]
+    held_x, held_r = x[held], residual[held]
     before = error(held_r)
-    xs, rs, mean_x, mean_r = centred(slice(0, fit))
+    xs, rs, mean_x, mean_r = centred(seen)
     trials = {}
     solve = ridge_solver(grouped(c, xs), grouped(c, rs))
     for ridge in RIDGES:
@@ -235,9 +247,14 @@ def repair(
         images: calibration inputs [M, ...]; the last quarter is held back for choosing.
     """
     program = pruned
-    consumers = {n.name: c for n in program.module.graph.nodes if (c := consumer(program, n))}
+    matters = position_importance(dense, images)
+    # an operator that lost some of its positions, as one that mixes tokens does when channels are its positions, is left alone
+    consumers = {
+        n.name: c for n in program.module.graph.nodes if (c := consumer(program, n)) and c.positions == len(matters[n.name])
+    }
     joins = {name: j for name, c in consumers.items() if (j := join_of(program, c))}
-    targets = dense_targets(dense, consumers, joins, images)
+    sampled = {name: chosen(matters[name], limit_rows(c, len(images)), name) for name, c in consumers.items()}
+    targets = dense_targets(dense, consumers, sampled, joins, images)
     engine = Engine.of(program)
     params = dict(engine.params)
     chunks = chunked(program, images)
@@ -251,16 +268,15 @@ def repair(
                 break
             if node.name in consumers:
                 c = consumers[node.name]
-                limit = limit_rows(c, len(images))
-                x = torch.cat([rows(c, node, env[c.source], limit, positions(c))[0] for env in state])  # type: ignore[arg-type]
+                positions = sampled[node.name]
+                x = torch.cat([rows(c, node, env[c.source], positions.at) for env in state])  # type: ignore[arg-type]
                 keep = surviving(dense.program, operand(dense.program.nodes[node.name], 1).name, 0, alive)
                 target = targets.pop(node.name)[:, keep]
                 other = None
                 if node.name in joins:
                     rest = joins[node.name].rest
-                    at = sampled(program, c, state[0][rest], len(images))  # type: ignore[arg-type]
-                    other = torch.cat([target_rows(env[rest], node, at) for env in state])  # type: ignore[arg-type]
-                changed, layer = refit(c, params, x, goal(program, c, params, target, other), len(images))
+                    other = torch.cat([target_rows(c, env[rest], positions.at) for env in state])  # type: ignore[arg-type]
+                changed, layer = refit(c, params, x, goal(program, c, params, target, other, positions), len(images))
                 params.update(changed)
                 layers.append(layer)
                 progress("repair", i, total)
@@ -277,7 +293,7 @@ def repair(
     return Repaired(with_parameters(program, params) if kept else program, tuple(layers), before, after, kept)
 
 
-def without_branch(fit: Cached, branch: Branch) -> Values:
+def without_branch(fit: Cached, branch: Branch, matters: Importance) -> Values:
     """Parameters that make up for a dropped residual branch.
 
     Operators behind it, up to the next one that writes to the stream, are solved again in order; their target is what they do in
@@ -310,12 +326,12 @@ def without_branch(fit: Cached, branch: Branch) -> Values:
                 silenced.run(values[start], start, stop=stop, silence=(branch.end,), keep={c.source, rest})[1]
                 for values in fit.values
             ]
-            x = torch.cat([rows(c, node, kept[c.source], limit_rows(c, images), positions(c))[0] for kept in cut])
-            at = sampled(program, c, intact[0][places[c.node]], images)
-            target = torch.cat([target_rows(kept[places[c.node]], node, at) for kept in intact])
-            other = torch.cat([target_rows(kept[rest], node, at) for kept in cut]) if rest else None
+            positions = chosen(matters[c.node], limit_rows(c, images), c.node)
+            x = torch.cat([rows(c, node, kept[c.source], positions.at) for kept in cut])
+            target = torch.cat([target_rows(c, kept[places[c.node]], positions.at) for kept in intact])
+            other = torch.cat([target_rows(c, kept[rest], positions.at) for kept in cut]) if rest else None
             params = {**engine.params, **changed}
-            changed |= refit(c, params, x, goal(program, c, params, target, other), images)[0]
+            changed |= refit(c, params, x, goal(program, c, params, target, other, positions), images)[0]
     return changed
 
 

@@ -18,6 +18,7 @@ from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
 from toolkit.prune.order import EXACT_COLUMNS, Elimination, Linear, eliminate, ridge_for
+from toolkit.prune.positions import Importance, chosen
 from toolkit.prune.repair import without_branch
 from toolkit.schema import Effect, Response
 
@@ -29,7 +30,10 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class Gram:
-    """Second moments of a consumer's inputs over `rows`: `mean` [D], `matrix` [D, D] centred where it can absorb a shift."""
+    """Weighted second moments of a consumer's inputs: `mean` [D], `matrix` [D, D] centred where it can absorb a shift.
+
+    `rows` is how many equally weighted rows would say as much: (sum w)^2 / sum w^2.
+    """
 
     mean: torch.Tensor
     matrix: torch.Tensor
@@ -44,24 +48,24 @@ class GroupResponses:
     order: tuple[int, ...]
 
 
-def gram(cached: Cached, c: Consumer, seed: int = 0) -> Gram:
-    """Moments of the consumer's input rows over the cached images."""
+def gram(cached: Cached, c: Consumer, matters: Importance) -> Gram:
+    """Moments of the consumer's input rows over the cached images, each row counted by what an error there does."""
     engine = cached.engine
     node = engine.program.nodes[c.node]
-    start = cached.restart(c.node)
-    limit = max(1, -(-max(ROWS, 2 * c.columns) // len(cached.images)))
-    generator = torch.Generator().manual_seed(seed)
-    total, square, count = torch.zeros(c.columns, dtype=torch.float64), torch.zeros(c.columns, c.columns, dtype=torch.float64), 0
+    start, stop = cached.restart(c.node), engine.position[c.source]
+    positions = chosen(matters[c.node], max(1, -(-max(ROWS, 2 * c.columns) // len(cached.images))), c.node)
+    total, square = torch.zeros(c.columns, dtype=torch.float64), torch.zeros(c.columns, c.columns, dtype=torch.float64)
+    count, power = 0.0, 0.0
     with torch.no_grad():
         for values in cached.values:
-            stop = engine.position[c.source]
             x = values[start] if stop == start else engine.run(values[start], start, stop=stop)[0][0]
-            sample, _ = rows(c, node, x, limit, generator)
-            total += sample.sum(0).double()
-            square += (sample.T @ sample).double()
-            count += len(sample)
+            sample = rows(c, node, x, positions.at)
+            counts = positions.weight.repeat(len(sample) // len(positions.at))
+            total += (counts @ sample).double()
+            square += (sample.T @ (sample * counts[:, None])).double()
+            count, power = count + float(counts.sum()), power + float(counts.square().sum())
     mean = total / count if can_shift(c) else torch.zeros_like(total)
-    return Gram(mean, square / count - torch.outer(mean, mean), count)
+    return Gram(mean, square / count - torch.outer(mean, mean), round(count**2 / power))
 
 
 def overrides(c: Consumer, params: Mapping[str, torch.Tensor], moments: Gram, weight: torch.Tensor) -> Values:
@@ -99,7 +103,7 @@ def linears(cached: Cached, sensitivity: Sensitivity, group: str) -> list[tuple[
         c = consumer(program, program.nodes[name])
         if c is None or c.columns > LARGEST_GRAM:
             return None
-        moments = gram(cached, c)
+        moments = gram(cached, c, sensitivity.positions)
         weight = matrix(cached.engine.params[c.weight])
         importance = sensitivity.importance.get(name, torch.ones(len(weight), dtype=torch.float64))
         ridge = ridge_for(c.columns, moments.rows)
@@ -168,7 +172,7 @@ def group_responses(
             out = cached.outputs
         elif at == 0:
             branch = program.branches[group]
-            instead = without_branch(fit, branch) if repair else {}
+            instead = without_branch(fit, branch, sensitivity.positions) if repair else {}
             with torch.no_grad():
                 out = cached.outputs_with(instead, first, silence=(branch.end,))
         else:

@@ -115,6 +115,7 @@ def _comparison(report: Report) -> Table:
         ("parameters", report.parameters_dense, report.parameters_pruned, units.count),
         ("MACs", report.macs_dense, report.macs_pruned, units.count),
         ("file size", report.size_dense_bytes, report.size_pruned_bytes, units.size),
+        (units.memory(report), report.memory_dense_bytes, report.memory_pruned_bytes, units.size),
     ):
         row(name, text(before), text(after), units.change(before, after))
     return table

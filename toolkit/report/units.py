@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from toolkit.schema import Conditions
+from toolkit.schema import Conditions, Report
 
 _SCALES = (("s", 1e9), ("ms", 1e6), ("us", 1e3))
 
@@ -47,6 +47,12 @@ def size(number: float) -> str:
     """Bytes in decimal units: `3.42 MB`."""
     text = count(number)
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def memory(report: Report) -> str:
+    """What a run's memory is called: `weights + activations`, with the limit where there was one."""
+    limit = f", limit {size(report.memory_limit_bytes)}" if report.memory_limit_bytes else ""
+    return f"weights + activations{limit}"
 
 
 def share(fraction: float, digits: int = 1) -> str:

@@ -21,7 +21,7 @@ from toolkit import bench as benches
 from toolkit import report as reports
 from toolkit.errors import UsageError
 from toolkit.export import export_artefacts, save_onnx, save_program, save_weights, sha256, to_onnx
-from toolkit.graph import unprunable
+from toolkit.graph import memory_of, unprunable
 from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
@@ -98,6 +98,8 @@ def run(request: RunRequest, progress: Progress) -> Report:
     Raises:
         EdgekitError: with what was wrong and what to run next; a missed budget is no error but the report's verdict.
     """
+    if request.max_memory_bytes and request.budget.unlimited:
+        raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
     clock, out = Clock(), Path(request.out)
     target = open_target(request.profile, request.threads, request.precision)
     with clock.step("trace"):
@@ -119,7 +121,10 @@ def run(request: RunRequest, progress: Progress) -> Report:
     with clock.step("table"):
         table = latency_table(target, traced.program, candidates, request.seed, measured.latency_ns, progress)
         candidates = table.model.far_edges(candidates, {group.name: group.width for group in traced.program.groups})
-    job = loop.Job(request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress)
+    memory = memory_of(traced.program)
+    job = loop.Job(
+        request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress, memory
+    )
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
@@ -222,6 +227,9 @@ def compose(
         macs_pruned=pruned_program.macs(),
         size_dense_bytes=size(job.dense_path),
         size_pruned_bytes=size(job.pruned_path(job.folder)),
+        memory_dense_bytes=job.memory.bytes_at(job.dense_widths),
+        memory_pruned_bytes=memory_of(pruned_program).bytes_at({g.name: g.width for g in pruned_program.groups}),
+        memory_limit_bytes=request.max_memory_bytes,
         prunable_macs_share=job.program.prunable_macs_share(),
         prunable_latency_share=prunable_latency_share(job),
         floor_ns=job.floor.share * dense_ns if job.floor else 0.0,
@@ -396,6 +404,7 @@ def command_of(request: RunRequest) -> str:
         ("--rounds", request.rounds, 0),
     ):
         words += [flag, str(chosen)] if chosen != default else []
+    words += ["--max-memory", f"{request.max_memory_bytes:.0f}B"] if request.max_memory_bytes else []
     words += [] if request.repair else ["--no-repair"]
     words += [word for pattern in request.keep for word in ("--keep", pattern)]
     return shlex.join(words)

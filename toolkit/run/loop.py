@@ -17,9 +17,9 @@ import numpy as np
 from toolkit import bench
 from toolkit.errors import BudgetError, UsageError
 from toolkit.export import export_artefacts, save_onnx, to_onnx
-from toolkit.graph import Program
+from toolkit.graph import Memory, Program
 from toolkit.latency import LatencyModel, ModelTable
-from toolkit.prune.allocate import Allocation, allocate, floor
+from toolkit.prune.allocate import Allocation, MemoryLimit, allocate, floor
 from toolkit.prune.harmless import fastest, harmless
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
@@ -47,8 +47,8 @@ class Floor:
 class Job:
     """What stays the same throughout a run.
 
-    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one; `floor` is None until it
-    was measured.
+    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one; `memory` what its plans take;
+    `floor` is None until it was measured.
     """
 
     request: RunRequest
@@ -62,7 +62,16 @@ class Job:
     budget: float
     exact_ns: float
     progress: Progress
+    memory: Memory
     floor: Floor | None = None
+
+    def memory_limit(self, part: float = 1.0) -> MemoryLimit | None:
+        """What a plan may take once `part` of the way to the limit is behind it; None without a limit."""
+        limit, dense = self.request.max_memory_bytes, self.memory.bytes_at(self.dense_widths)
+        if not limit:
+            return None
+        then = limit if part == 1.0 or limit >= dense else dense * (limit / dense) ** part
+        return MemoryLimit(self.memory.weights, self.memory.moments, then)
 
     @property
     def model(self) -> LatencyModel:
@@ -148,7 +157,7 @@ def check_floor(job: Job) -> Floor:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
     """
     groups = job.program.groups
-    lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns)
+    lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns, memory=job.memory_limit())
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     write(job, state, folder)
@@ -228,15 +237,17 @@ def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(w for w in widths if w <= now[name]) or (now[name],) for name, widths in job.candidates.items()}
 
 
-def solve(job: Job, state: State, scores: Scores, share: float, refinements: int = REFINEMENTS) -> Allocation:
+def solve(job: Job, state: State, scores: Scores, share: float, part: float = 1.0, refinements: int = REFINEMENTS) -> Allocation:
     """Widths for a share of the dense latency; the fastest network where none is predicted fast enough.
+
+    `part` is how much of the way to the memory limit, where there is one, is to be behind them.
 
     An allocation looks for what a table has too cheap. So what it proposes is measured and the table mended, until a proposal
     measures what the table promised; else of the measured ones the nearest to what was asked.
     """
     tried: list[tuple[float, Allocation]] = []
     for _ in range(refinements):
-        proposed = propose(job, state, scores, share)
+        proposed = propose(job, state, scores, share, part)
         promised = job.model.predict(proposed.widths)
         measured = refine(job, proposed.widths)
         tried.append((measured / job.model.predict(job.dense_widths), proposed))
@@ -245,13 +256,19 @@ def solve(job: Job, state: State, scores: Scores, share: float, refinements: int
     return min(tried, key=lambda pair: abs(pair[0] / share - 1))[1]
 
 
-def propose(job: Job, state: State, scores: Scores, share: float) -> Allocation:
+def propose(job: Job, state: State, scores: Scores, share: float, part: float = 1.0) -> Allocation:
     """Widths for a share of the dense latency as the table has it now."""
     arguments = (job.program.groups, options(job, state), scores.losses, job.model.costs(), job.model.overhead_ns)
+    memory = job.memory_limit(part)
     try:
-        return allocate(*arguments, share * job.model.predict(job.dense_widths))
+        return allocate(*arguments, share * job.model.predict(job.dense_widths), memory=memory)
     except BudgetError:
-        return floor(*arguments)
+        return floor(*arguments, memory=memory)
+
+
+def memory_decides(job: Job, state: State, scores: Scores, found: Attempt) -> bool:
+    """Whether no more could stay however much time there was."""
+    return job.memory_limit() is not None and propose(job, state, scores, 10.0).widths == found.allocation.widths
 
 
 def refine(job: Job, widths: Mapping[str, int]) -> float:
@@ -298,7 +315,9 @@ def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder:
 
 def close(job: Job) -> Outcome:
     """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget."""
-    rounds = job.request.rounds or rounds_for(job.budget, job.request.method)
+    limit = job.memory_limit()
+    tightest = min(job.budget, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
+    rounds = job.request.rounds or rounds_for(tightest, job.request.method)
     state, scale, proof = State(job.program), 1.0, 0.0
     history: list[Scores] = []
     iterations: list[Iteration] = []
@@ -310,17 +329,19 @@ def close(job: Job) -> Outcome:
         )  # fmt: skip
         history.append(scores)
         last = r == rounds - 1
-        share = AIM * job.budget ** ((r + 1) / rounds)
+        part = (r + 1) / rounds
+        share = AIM * job.budget**part
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
-            allocation = solve(job, state, scores, share / scale, REFINEMENTS if last else 1)
+            allocation = solve(job, state, scores, share / scale, part, REFINEMENTS if last else 1)
             found = attempt(job, state, scores, allocation, scale, job.folder / f".attempt{r}.{turn}")
             tried.append(found)
             scale *= found.measured.ratio / found.predicted
             iterations.append(iteration(found, share, scale))
             if not last:
                 break
-            if LOWEST <= job.share(found.measured) and job.upper(found.measured) <= HIGHEST:
+            near = LOWEST <= job.share(found.measured) or memory_decides(job, state, scores, found)
+            if near and job.upper(found.measured) <= HIGHEST:
                 tried[-1] = found = confirm(job, found)
                 if met(job, found):
                     break
