@@ -137,7 +137,7 @@ def test_what_promises_most_is_removed_for_real_first() -> None:
     program = traced(patterns.Residual)
     engine, x = Engine.of(program), images(30)
     cached, sensitivity = cache(engine, x), causes.sensitivities(program, engine, x)
-    some = causes.measure_effects(cached, sensitivity, quiet, passes=4.0)
+    some = causes.measure_effects(cached, sensitivity, quiet, passes=3.0)
     for name in {e.group for e in some}:
         promise = {
             source: [
@@ -149,6 +149,41 @@ def test_what_promises_most_is_removed_for_real_first() -> None:
         }
         assert promise["gradient"] and min(promise["intervention"], default=np.inf) >= max(promise["gradient"])
     assert {e.source for e in some} == {"intervention", "gradient"}
+
+
+def test_the_difference_estimator_is_the_full_mean_where_the_approximation_is_exact_and_unbiased_elsewhere() -> None:
+    rng = np.random.default_rng(0)
+    rough = rng.normal(0.3, 1.0, (400, 64))
+    assert causes.difference_test(rough[0][:8] + 0.5, rough[0]).mean == pytest.approx(rough[0].mean() + 0.5)
+    exact = rough + rng.normal(0.0, 0.2, rough.shape)
+    found = [causes.difference_test(known[:16], screened) for known, screened in zip(exact, rough, strict=True)]
+    assert np.mean([test.mean for test in found]) == pytest.approx(exact.mean(), abs=0.01)
+    held = np.mean([test.low <= 0.3 <= test.high for test in found])
+    assert 0.92 <= held <= 0.98
+    alone = [causes.paired_test(known[:16]) for known in exact]
+    assert all(test.high - test.low < other.high - other.low for test, other in zip(found, alone, strict=True))
+
+
+def test_risk_is_how_often_more_images_change_the_category() -> None:
+    """Against simulation: categories of 16 images and of all 256 that they are part of."""
+    rng = np.random.default_rng(0)
+    told, changed = [], []
+    for mean in np.repeat(np.linspace(-0.5, 0.5, 11), 200):
+        odds = rng.normal(mean, 0.5, 256)
+        few, whole = causes.paired_test(odds[:16]), causes.paired_test(odds)
+        full = causes.SIGNIFICANT * odds.std(ddof=1) / 16
+
+        def category(test: causes.Test, full: float = full) -> str:
+            edge = causes.NEUTRAL - causes.NORMAL * full / causes.SIGNIFICANT
+            return "neutral" if abs(test.mean) <= edge else "-" if test.mean < -full else "+" if test.mean > full else "?"
+
+        told.append(causes.risk(few, float(odds[:16].std(ddof=1)), 256))
+        changed.append(category(few) != category(whole))
+    told, changed = np.array(told), np.array(changed)
+    assert told.min() >= 0 and told.max() <= 1
+    for low, high in ((0.0, 0.1), (0.1, 0.4), (0.4, 0.7), (0.7, 1.0)):
+        those = (told >= low) & (told < high)
+        assert those.sum() > 100 and abs(changed[those].mean() - told[those].mean()) < 0.1
 
 
 def test_categories_follow_the_sign_and_only_small_intervals_are_neutral() -> None:

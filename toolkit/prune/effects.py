@@ -13,19 +13,22 @@ Ahmad; arXiv 2510.18636); it is no reproduction.
 
 Every channel is screened by the first-order estimate of l_n (one backward pass for all of them). That shows what is critical,
 and no more: a channel that a small change would not be missed in may still be needed. So channels are then removed for real, the
-most promising first, on a few images; and those near a boundary between categories, the nearest first, on all images, as far as
-the budget of forward passes goes. What was never removed stays undecided unless it is critical. The record says which.
+most promising first, on a few images; and those that more images may put into another category on twice as many, again and
+again, as far as the budget of forward passes goes. What was never removed stays undecided unless it is critical. The record says
+which.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm
 from scipy.stats import t as student
 
 from toolkit.graph import Program
@@ -37,8 +40,9 @@ from toolkit.schema import Category, CategoryCounts, Effect
 
 EPSILON = 1e-3
 NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
-FIRST_IMAGES = 32  # that every channel is removed on before any is on all
-SURE = 6.0  # standard errors from the nearest boundary between categories: no further images are needed
+FIRST_IMAGES = 16  # that channels are removed on before any is on more
+SIGNIFICANT, NORMAL = 2.3, 1.96  # standard errors: about where the false discovery rate draws the line; of a 95 % interval
+FAR = 1e3  # log-odds: beyond all effects
 DISCOVERY_RATE = 0.05
 EFFECT_MACS = 5e11  # multiply-accumulates that interventions may always cost
 TIERS: dict[Category, int] = {"detrimental": 0, "neutral": 1, "undecided": 2, "critical": 3}  # which go first
@@ -209,9 +213,7 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     work = _Interventions(cached, sensitivity, passes, progress)
     for key in sorted(keys, key=lambda k: -paired_test(work.screened(k)).high):
         work.extend(key, min(FIRST_IMAGES, len(cached.images)))
-    for key in sorted(work.odds, key=lambda k: doubt(work.estimate(k))):
-        if doubt(work.estimate(key)) < SURE:
-            work.extend(key, len(cached.images))
+    work.settle()
     progress("causal effects", passes, passes)
     tests = {key: work.estimate(key) for key in keys}
     found, q_values = categorise([tests[k] for k in keys])
@@ -265,6 +267,26 @@ class _Interventions:
         self.odds[key] = np.concatenate([self.odds.get(key, np.empty(0)), odds])
         self.progress("causal effects", self.spent, self.passes)
 
+    def settle(self) -> None:
+        """More images, twice as many at a time, for the channels that they are likeliest to put into another category by cost."""
+        total = len(self.cached.images)
+
+        def worth(key: Key) -> float:
+            odds = self.odds[key]
+            if not 1 < len(odds) < total:
+                return 0.0
+            chance = max(risk(self.estimate(key), float(odds.std(ddof=1)), total), 1e-9)  # all get all images in the end
+            return chance / (self.share[key[0]] * len(odds))
+
+        queue = [(-worth(key), key) for key in self.odds]
+        heapify(queue)
+        while queue and queue[0][0] < 0:
+            _, key = heappop(queue)
+            before = len(self.odds[key])
+            self.extend(key, min(2 * before, total))
+            if len(self.odds[key]) > before:
+                heappush(queue, (-worth(key), key))
+
     def estimate(self, key: Key) -> Test:
         """The effect by what is known: where the channel was removed on some images, what first order says of all of them plus
         the mean difference on those, if that is surer than those alone.
@@ -292,10 +314,27 @@ def difference_test(known: Array, screened: Array) -> Test:
     return interval(mean, max(variance, 0.0) ** 0.5, k - 1)
 
 
-def doubt(test: Test) -> float:
-    """How many standard errors the nearest of the boundaries between categories is away: 0 and +-NEUTRAL."""
-    error = (test.high - test.mean) / 2
-    return min(abs(test.mean - boundary) for boundary in (-NEUTRAL, 0.0, NEUTRAL)) / max(error, 1e-12)
+def risk(test: Test, spread: float, images: int) -> float:
+    """Probability that all images would put a channel into another category than `test`, which has seen some of them, does.
+
+    `spread` is the standard deviation over images. With the full mean normal around `test.mean`, it is what lies beyond the
+    boundaries: SIGNIFICANT standard errors of the full mean on both sides of 0, and where its interval touches +-NEUTRAL.
+    """
+    full = spread / images**0.5
+    still = max(((test.high - test.low) / 2 / NORMAL) ** 2 - full**2, 0.0) ** 0.5  # what the other images will move the mean by
+    edge, clear = NEUTRAL - NORMAL * full, SIGNIFICANT * full
+
+    def category(mean: float) -> Category:
+        if abs(mean) <= edge:
+            return "neutral"
+        return "critical" if mean < -clear else "detrimental" if mean > clear else "undecided"
+
+    cuts = [-np.inf, *sorted({-clear, clear, *((-edge, edge) if edge > 0 else ())}), np.inf]
+    below = norm.cdf([(cut - test.mean) / max(still, 1e-12) for cut in cuts])
+    mass: dict[Category, float] = defaultdict(float)
+    for low, high, share in zip(cuts, cuts[1:], np.diff(below), strict=False):
+        mass[category(float(np.clip((low + high) / 2, -FAR, FAR)))] += float(share)
+    return 1.0 - mass[category(test.mean)]
 
 
 def first_consumer(program: Program, engine: Engine, group: str) -> str:
