@@ -16,7 +16,7 @@ import pytest
 
 from toolkit import run as job
 from toolkit.budget import parse_budget
-from toolkit.errors import BudgetError
+from toolkit.errors import BudgetError, UsageError
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
 from toolkit.schema import DimForm, Report, RunRequest, load_json
@@ -175,3 +175,19 @@ def test_accuracy_is_counted_in_pairs() -> None:
 def test_deeper_cuts_take_more_rounds() -> None:
     assert [rounds_for(b) for b in (0.95, 0.8, 0.5)] == [1, 2, 3]
     assert {rounds_for(b, "cswap") for b in (0.95, 0.8, 0.5)} == {5}
+
+
+@pytest.mark.slow
+def test_a_memory_limit_is_kept_though_latency_asks_for_less(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    wanted = msgspec.structs.replace(request(tmp_path / "out", "1x"), profile="simulated-cpu", max_memory_bytes=1.2e6)
+    report = job.run(wanted, quiet)
+    assert (
+        report.verdict == "met" and report.memory_pruned_bytes <= report.memory_limit_bytes == 1.2e6 < report.memory_dense_bytes
+    )
+    assert report.memory_pruned_bytes > 0.8 * report.memory_limit_bytes and len(report.iterations) == 1
+    assert "--max-memory 1200000B" in report.command
+    with pytest.raises(BudgetError, match=r"No plan fits into 0.01 MB: .* The smallest limit that works is --max-memory \d+KB"):
+        job.run(msgspec.structs.replace(wanted, max_memory_bytes=1e4), quiet)
+    with pytest.raises(UsageError, match="--max-memory needs a latency budget"):
+        job.run(msgspec.structs.replace(wanted, budget=parse_budget("none")), quiet)

@@ -16,6 +16,7 @@ from toolkit.schema import AlignmentEvidence, RegimeEvidence
 STEPS = (1, 4, 8, 16, 32, 64)
 BLOCKS = (0, 8, 16, 32)
 MULTIPLES = (1, 4, 8, 16)
+CLEARLY = 0.7  # error of one form relative to another's
 MIN_SAMPLES = 6  # of a regime for a formula of its own
 
 
@@ -71,10 +72,11 @@ class Observations:
 
 def probe_alignment(keys: Sequence[Observations]) -> Alignment:
     """The alignment whose formulas predict left-out channel pairs best: steps first, then field by field."""
-    best, error = Alignment(), alignment_error(keys, Alignment())
+    forms = [likely_form(data) for data in keys]
+    best, error = Alignment(), alignment_error(keys, Alignment(), forms)
     plain = [Alignment(step_in, step_out) for step_in in STEPS for step_out in STEPS]
     for tried in [*plain[1:], *(Alignment(step, step, step) for step in STEPS[1:])]:
-        found = alignment_error(keys, tried)
+        found = alignment_error(keys, tried, forms)
         if found < error * WORTH:
             best, error = tried, found
     choices = {
@@ -86,7 +88,7 @@ def probe_alignment(keys: Sequence[Observations]) -> Alignment:
         for name, values in choices.items():
             for value in values:
                 tried = replace(best, **{name: value})
-                found = alignment_error(keys, tried) if tried != best else error
+                found = alignment_error(keys, tried, forms) if tried != best else error
                 if found < error * WORTH:
                     best, error = tried, found
         if best == before:
@@ -94,13 +96,24 @@ def probe_alignment(keys: Sequence[Observations]) -> Alignment:
     return best
 
 
-def alignment_error(keys: Sequence[Observations], alignment: Alignment) -> float:
-    """Absolute error on left-out channel pairs over all time, of the sum formula."""
+def likely_form(data: Observations) -> Formula:
+    """The sum, or the maximum where that is clearly better at its best step: a kink must not pass for a regime."""
+
+    def least(form: Formula) -> float:
+        tried = (Alignment(step, step) for step in STEPS[:4])
+        return min(left_out_error(replace(form, step_out=a.step_out), data.cells(a), data.latency) for a in tried)
+
+    plain, roof = Formula(np.zeros(7)), Formula(np.zeros(4), np.zeros(4))
+    return roof if least(roof) < CLEARLY * least(plain) else plain
+
+
+def alignment_error(keys: Sequence[Observations], alignment: Alignment, forms: Sequence[Formula]) -> float:
+    """Absolute error on left-out channel pairs over all time, each key with its form."""
     total = weight = 0.0
-    for data in keys:
+    for data, likely in zip(keys, forms, strict=True):
         for regime in sorted(set(data.regimes(alignment))):
             part = data.select(alignment, regime)
-            form = Formula(np.zeros(7), step_out=alignment.step_out)
+            form = replace(likely, step_out=alignment.step_out)
             spent = float(part.latency.sum())
             judged = part if len(part.latency) >= MIN_SAMPLES else data  # as the fit does it
             total += left_out_error(form, judged.cells(alignment), judged.latency) * spent
@@ -114,10 +127,11 @@ def evidence(kind: str, keys: Sequence[Observations], alignment: Alignment) -> A
     for data in keys:
         for regime, kernels in zip(data.regimes(alignment), data.kernels, strict=True):
             seen.setdefault(regime, Counter())[kernels] += 1
+    forms = [likely_form(data) for data in keys]
     return AlignmentEvidence(
         kind=kind,
-        error=round(alignment_error(keys, alignment), 5),
-        error_without=round(alignment_error(keys, Alignment()), 5),
+        error=round(alignment_error(keys, alignment, forms), 5),
+        error_without=round(alignment_error(keys, Alignment(), forms), 5),
         regimes=tuple(
             RegimeEvidence(regime=name, samples=found.total(), kernels=tuple(found.most_common(3)))
             for name, found in sorted(seen.items())
