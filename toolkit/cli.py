@@ -336,7 +336,7 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring and cutting; 0: as needed.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Groups to leave whole; repeatable.")
 @click.option("--min-width", type=click.IntRange(1), default=1, show_default=True, help="Fewest channels of a group.")
-@click.option("--max-memory", default="", metavar="SIZE", help="Of weights and activations together: 512KB, 2MB, 1.5MiB.")
+@click.option("--max-memory", default="", metavar="SIZE", help="Weights + activations: 512KB, 2MB.")
 @threads_option
 @precision_option
 @seed_option

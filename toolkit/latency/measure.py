@@ -45,6 +45,7 @@ Wanted = tuple[str, dict[str, int], Path | None]  # role, widths, a file where n
 
 MIN_COVERAGE = 0.9
 BASE = ("train", "held_out", "extra")  # roles of the networks that belong to every run
+AROUND_S = 10.0  # that loading and fitting a whole table take beside the measuring, on the machines at hand
 PLAN_S = 4.0  # for a network that is measured on demand
 REUSED_SAMPLES = 40  # of a kernel, from which on another model's rows stand for profiling it
 REUSED_SHARE = 0.5  # of the networks that are measured where all kernels are known
@@ -159,7 +160,8 @@ class ModelTable:
         self.own.mkdir(parents=True, exist_ok=True)
         if missing:
             seconds *= len(missing) / max(len(wanted), 1)
-            step = f"measuring networks, about {math.ceil(seconds / 10) * 10} s"
+            told = seconds + (0.0 if done else AROUND_S)
+            step = f"measuring networks, about {math.ceil(told / 10) * 10} s"
             progress(step, 0, len(missing))
             timer, level = self._open_timer(networks)
             end = timer.now_s() + seconds
