@@ -352,11 +352,10 @@ def run(model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool
 
     if where and where != "local":
         raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
-    preprocess, asked = preprocess_of(given), parse_budget(budget)
-    if max_memory and asked.unlimited:
-        raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
-    memory = parse_size(max_memory) if max_memory else 0.0
-    request = RunRequest(model=model, budget=asked, max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given)
+    preprocess, memory = preprocess_of(given), parse_size(max_memory) if max_memory else 0.0
+    request = RunRequest(
+        model=model, budget=parse_budget(budget), max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
+    )
     from toolkit import run as job
 
     with progress() as shown:

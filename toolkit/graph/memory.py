@@ -60,7 +60,6 @@ class Memory:
 class _Walk:
     """Tensors on the way through the graph. A root owns memory; views of it are the same root."""
 
-    program: Program
     root: dict[str, str] = field(default_factory=dict)
     size: dict[str, tuple[TensorSize, ...]] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)  # position of a root's last use
@@ -79,11 +78,11 @@ def memory_of(program: Program) -> Memory:
         >>> memory.activations_bytes({"0": 8})  # 3 x 10 x 10 in and 8 x 8 x 8 out; later 8 x 8 x 8 and 4 x 8 x 8
         3248.0
     """
-    walk = _Walk(program)
-    steps: list[Node] = []  # what is computed from the input
+    walk = _Walk()
+    steps: dict[Node, None] = {}  # what is computed from the input, in order
     for node in program.module.graph.nodes:
-        if node.op == "placeholder" or not set(steps).isdisjoint(node.all_input_nodes):
-            steps.append(node)
+        if node.op == "placeholder" or not steps.keys().isdisjoint(node.all_input_nodes):
+            steps[node] = None
     for node in steps:
         sources = [walk.root[source.name] for source in node.all_input_nodes if source.name in walk.root]
         if is_view(node) and sources:

@@ -204,11 +204,8 @@ def _outer(y: torch.Tensor, changed: torch.Tensor, images: int, linear: bool) ->
     each, rest = divmod(len(rows), images)
     if rest:
         return 1
-    at = torch.arange(len(rows))
-    fitting = (
-        outer for outer in range(1, each + 1) if each % outer == 0 and not moved[at // (each // outer) % images != 0].any()
-    )
-    return next(fitting, 1)
+    divisors = (outer for outer in range(1, each + 1) if each % outer == 0)
+    return next((outer for outer in divisors if not moved.reshape(outer, images, -1)[:, 1:].any()), 1)
 
 
 def operand(node: Node, index: int) -> Node:

@@ -106,12 +106,11 @@ def allocate(
         predicted = latency_ns(sites, overhead_ns, widths)
         slow = predicted - budget_ns
         large = memory_bytes(memory, widths) - memory.limit_bytes if memory else 0.0
-        fits = large <= 0.0
-        if slow <= 2 * TOLERANCE * budget_ns and fits:
+        if slow <= 2 * TOLERANCE * budget_ns and large <= 0:
             return Allocation(widths, predicted, _loss(losses, widths), gap)
         if slow > 0:
             allowed -= slow + TOLERANCE * budget_ns
-        if room and not fits:
+        if room and large > 0:
             room = replace(room, limit_bytes=room.limit_bytes * (1 - TOLERANCE) - large)
     fastest = floor(groups, candidates, losses, sites, overhead_ns, memory=memory, time_limit_s=time_limit_s)
     if fastest.predicted_ns <= budget_ns:
@@ -150,8 +149,8 @@ def floor(
         )
     program = _Program(choices, sites, overhead_ns, memory)
     found = program.solve(program.latency / float(np.abs(program.latency).max() or 1.0), math.inf, time_limit_s)
-    if found is None:  # stopped before the first solution: narrow everything, which always fits the candidates
-        found = narrowest, 1.0
+    if found is None or (memory and memory_bytes(memory, found[0]) > memory.limit_bytes):
+        found = narrowest, 1.0  # stopped before the first solution, or affine costs were too hopeful: this always fits
     widths, gap = found
     return Allocation(widths, latency_ns(sites, overhead_ns, widths), _loss(losses, widths), gap)
 
