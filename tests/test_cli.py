@@ -432,7 +432,7 @@ def test_report_shows_a_finished_run_again(finished: Finished) -> None:
     assert found.out == finished.result.out and found.code == finished.result.code and page.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["header.json", "samples.json"])
+@pytest.mark.parametrize("name", ["header.json", "rows-*.csv", "samples.json"])
 def test_a_damaged_table_is_named_and_its_advice_repairs_it(finished: Finished, name: str) -> None:
     (path,) = finished.cache.rglob(name)
     whole = path.read_bytes()

@@ -19,7 +19,7 @@ from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError, UsageError
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
-from toolkit.schema import DimForm, Report, RunRequest, load_json
+from toolkit.schema import DimForm, Plan, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,6 +175,19 @@ def test_accuracy_is_counted_in_pairs() -> None:
 def test_deeper_cuts_take_more_rounds() -> None:
     assert [rounds_for(b) for b in (0.95, 0.8, 0.5)] == [1, 2, 3]
     assert {rounds_for(b, "cswap") for b in (0.95, 0.8, 0.5)} == {5}
+
+
+@pytest.mark.slow
+def test_the_same_seed_on_the_same_device_gives_the_same_plan_and_figures(tmp_path, monkeypatch) -> None:
+    """On a simulated device, whose samples are the same too; each run measures a table of its own."""
+    plans, reports = [], []
+    for name in ("first", "second"):
+        monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / name / "cache"))
+        wanted = msgspec.structs.replace(request(tmp_path / name / "out", "0.6x"), profile="simulated-cpu")
+        reports.append(job.run(wanted, quiet))
+        plans.append(load_json(Plan, tmp_path / name / "out" / "plan.json"))
+    assert plans[0].groups == plans[1].groups and any(len(group.kept) < group.width_before for group in plans[0].groups)
+    assert reports[0].measured_ns == reports[1].measured_ns and reports[0].accuracy_pruned == reports[1].accuracy_pruned
 
 
 @pytest.mark.slow
