@@ -62,7 +62,28 @@ class Kept(nn.Module):
         return x + self.b(F.relu(self.norm(self.a(x))).reshape(-1, 16, 10, 10))
 
 
+class Twice(nn.Module):
+    """The tensor before the relu is needed after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(4, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return y * F.relu(y)
+
+
+class Turned(Twice):
+    """Channels last, then flat: that has to be copied."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x).permute(0, 2, 3, 1).reshape(-1, 1600)
+
+
 @pytest.mark.parametrize(("model", "channels"), [
+    (Twice(), 16 + 16),
+    (Turned(), 16 + 16),
     (Kept(), 4 + 16 + 4),  # the input and both sides of b; norm and relu write over what a made, the view takes nothing
     (nn.Sequential(nn.Conv2d(4, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)), 16 + 8),
     (nn.Sequential(nn.Conv2d(4, 16, 1), nn.Softmax(1)), 16 + 16),  # not element by element

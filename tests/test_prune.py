@@ -160,6 +160,9 @@ def test_the_difference_estimator_is_the_full_mean_where_the_approximation_is_ex
     assert np.mean([test.mean for test in found]) == pytest.approx(exact.mean(), abs=0.01)
     held = np.mean([test.low <= 0.3 <= test.high for test in found])
     assert 0.92 <= held <= 0.98
+    half = 0.5 * rough + rng.normal(0.0, 0.02, rough.shape)  # where approximation and difference go together
+    found_half = [causes.difference_test(known[:16], screened) for known, screened in zip(half, rough, strict=True)]
+    assert 0.92 <= np.mean([test.low <= 0.15 <= test.high for test in found_half]) <= 0.98
     alone = [causes.paired_test(known[:16]) for known in exact]
     assert all(test.high - test.low < other.high - other.low for test, other in zip(found, alone, strict=True))
 

@@ -64,6 +64,13 @@ def brute_force(cached: Cached) -> tuple[list[tuple[str, int]], list[schema.Cate
     return keys, categorise(tests)[0], [test.mean for test in tests]
 
 
+def brute_passes(cached: Cached) -> float:
+    """Forward passes over the images that brute force costs, counted as those of `measure_effects`."""
+    engine, total = cached.engine, len(cached.engine.steps)
+    groups = scored(engine.program)
+    return sum(g.width * (1 - cached.restart(first_consumer(engine.program, engine, g.name)) / total) for g in groups)
+
+
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -131,7 +138,8 @@ def main() -> None:
         found["rows"].append(row)
         note(json.dumps(row))
     if truth:
-        found["brute_force"] = {c: truth[1].count(c) for c in ("critical", "neutral", "detrimental", "undecided")}
+        counts = {c: truth[1].count(c) for c in ("critical", "neutral", "detrimental", "undecided")}
+        found["brute_force"] = counts | {"passes": round(brute_passes(cache(engine, sample, CACHE_BYTES)), 1)}
         note(json.dumps(found["brute_force"]))
     if given.output:
         document = json.loads(given.output.read_text()) if given.output.exists() else {"results": []}

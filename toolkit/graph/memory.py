@@ -21,6 +21,7 @@ from toolkit.schema import DimForm
 
 ELEMENT_BYTES = 4
 ONE = DimForm(const=1)
+CLONE = torch.ops.aten.clone.default
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def memory_of(program: Program) -> Memory:
 
 
 def is_view(node: Node) -> bool:
-    """Whether the result is the operand's memory; a reshape of what was permuted is a copy."""
-    if node.target in VIEWS:
+    """Whether the result is the operand's memory; a reshape or a clone of what was permuted is a copy."""
+    if node.target in (*VIEWS, CLONE):
         source = operand(node, 0)
         while source.op == "call_function" and is_view(source):
             if source.target in PERMUTES:
@@ -124,7 +125,7 @@ def is_view(node: Node) -> bool:
 
 def overwritten(walk: _Walk, node: Node, position: int) -> str | None:
     """The operand whose memory the operator's result takes: a dead one of the same size, where it works element by element."""
-    if node.target not in BATCH_NORMS and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+    if node.target is CLONE or (node.target not in BATCH_NORMS and torch.Tag.pointwise not in getattr(node.target, "tags", ())):
         return None
     wanted = [(size.c_in, size.c_out, size.each) for size in walk.size[node.name]]
     for source in node.all_input_nodes:
