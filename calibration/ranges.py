@@ -10,6 +10,9 @@ import numpy.typing as npt
 from calibration.problems import DataProblem
 
 BINS = 1 << 13
+METHODS = ("minmax", "percentile", "mse")
+LEVELS = 255  # steps of eight bits
+SHRINKS = 32  # candidate bounds a side for the least squared error
 _LEAST_EXPONENT = -126  # of the smallest normal float32
 
 
@@ -31,7 +34,8 @@ class RangeObserver:
         Raises:
             DataProblem: one of them is NaN or infinite.
         """
-        values = np.asarray(array, np.float64).ravel()
+        values = np.asarray(array).ravel()
+        values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
         if not values.size:
             return
         low, high = float(values.min()), float(values.max())
@@ -42,11 +46,14 @@ class RangeObserver:
         bins = np.floor(values / self._bin_width()).astype(np.int64) + BINS // 2
         self._counts += np.bincount(bins, minlength=BINS)
 
-    def range(self, method: Literal["minmax", "percentile"] = "minmax", percent: float = 99.99) -> tuple[float, float]:
-        """(low, high): the extremes, or the bounds that leave out (100 - percent) / 2 % of the values on each side.
+    def range(
+        self, method: Literal["minmax", "percentile", "mse"] = "minmax", percent: float = 99.99, symmetric: bool = False
+    ) -> tuple[float, float]:
+        """(low, high) to quantize the values in.
 
-        Percentile bounds are rounded outwards to the histogram's edges (a bin is at most 1/2048 of the greatest magnitude)
-        and never outside the extremes.
+        `minmax`: the extremes. `percentile`: the bounds that leave out (100 - percent) / 2 % of the values on each side, rounded
+        outwards to the histogram's edges (a bin is at most 1/2048 of the greatest magnitude) and never outside the extremes.
+        `mse`: the bounds around zero whose 8-bit grid has the least squared error on the histogram; `symmetric` ones where asked.
 
         Raises:
             DataProblem: nothing was seen yet, or `percent` is not in (0, 100].
@@ -56,11 +63,27 @@ class RangeObserver:
             raise DataProblem(f"No range for {percent} % of {total} values.", "Run calibration images through the model first.")
         if method == "minmax":
             return self._low, self._high
+        if method == "mse":
+            return self._least_squares(symmetric)
         tail = total * (100 - percent) / 200
         first = int(np.argmax(np.cumsum(self._counts) > tail))
         last = BINS - 1 - int(np.argmax(np.cumsum(self._counts[::-1]) > tail))
         edges = (np.array([first, last + 1]) - BINS // 2) * self._bin_width()
         return max(self._low, float(edges[0])), min(self._high, float(edges[1]))
+
+    def _least_squares(self, symmetric: bool) -> tuple[float, float]:
+        """Bounds from a grid of shrunk extremes: what is clipped, and what is rounded, weighed against each other."""
+        filled = np.flatnonzero(self._counts)
+        centres = (filled - BINS // 2 + 0.5) * self._bin_width()
+        weights = self._counts[filled].astype(float)
+        shrinks = np.linspace(1.0, 1.0 / SHRINKS, SHRINKS)
+        low, high = min(self._low, 0.0), max(self._high, 0.0)
+        if symmetric:
+            reach = max(-low, high)
+            pairs = [(-reach * shrink, reach * shrink) for shrink in shrinks]
+        else:
+            pairs = [(low * a, high * b) for a in (shrinks if low else [1.0]) for b in (shrinks if high else [1.0])]
+        return min(pairs, key=lambda pair: _squared_error(centres, weights, *pair))
 
     def _bin_width(self) -> float:
         return float(np.ldexp(2.0, self._exponent)) / BINS
@@ -71,3 +94,13 @@ class RangeObserver:
             self._counts = np.zeros(BINS, np.int64)
             self._counts[BINS // 4 : -BINS // 4] = merged
         self._exponent = max(self._exponent, exponent)
+
+
+def _squared_error(values: npt.NDArray[Any], weights: npt.NDArray[Any], low: float, high: float) -> float:
+    """Sum of w (v - q(v))^2 with q the nearest of the levels between low and high; zero is one of them."""
+    step = (high - low) / LEVELS
+    if step <= 0:
+        return float((weights * values**2).sum())
+    zero = np.round(-low / step)
+    levels = np.clip(np.round(values / step) + zero, 0, LEVELS)
+    return float((weights * (values - (levels - zero) * step) ** 2).sum())

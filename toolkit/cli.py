@@ -523,31 +523,58 @@ def bench(
     raise SystemExit(0 if not reasons and all(gate.passed for gate in found.gates) else 1)
 
 
-@cli.command(cls=Command, example="edgekit export resnet18 --weights w.safetensors -p local-openvino -o out")
+@cli.command(
+    cls=Command, example="edgekit export resnet18 --weights w.safetensors -p local-openvino --precision int8 --data images/"
+)
 @click.argument("model")
 @weights_option
 @profile_option
 @out_option("edgekit-out")
 @input_options
-@precision_option
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Default: the profile's.")
+@click.option("--data", default="", help="Calibration images, as for `run`; int8 needs them.")
+@click.option("--samples", type=click.IntRange(8), default=256, show_default=True, help="Calibration images.")
+@click.option(
+    "--ranges",
+    type=click.Choice(["auto", "minmax", "percentile", "mse"]),
+    default="auto",
+    show_default=True,
+    help="Of activations; auto keeps the one that changes the outputs least.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="POINTS",
+    help="Of expected accuracy; layers that cost most stay in float until it holds.",
+)
+@click.option("--keep-float", multiple=True, metavar="LAYER", help="Node of the ONNX file to leave in float; repeatable.")
+@click.option("--opset", type=click.IntRange(7), callback=lambda c, p, value: value or 0, help="Written, or an error.")
+@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--compute-capability", default="", metavar="X.Y", help="GPU that an engine is for; default: the profile's.")
+@seed_option
 @json_option
-def export(model: str, weights: str, profile: str, out: str, precision: str, as_json: bool, **given: Any) -> None:
-    """Export MODEL as it is, checked against PyTorch."""
-    preprocess = preprocess_of(given)
-    import msgspec
+def export(model: str, as_json: bool, **given: Any) -> None:
+    """Export MODEL, or an ONNX file, as it is: no pruning.
 
-    from toolkit import run as job
+    \b
+    edgekit export model.onnx -p local-openvino --precision int8 --data images/     an ONNX file, to int8
+    edgekit export net.py:model --input 1x3x32x32 -p tensorrt-rtx --precision fp16  an engine, built without a GPU
+    """
+    preprocess = preprocess_of(given)
+    from toolkit.report import terminal
+    from toolkit.run.export import ExportRequest
+    from toolkit.run.export import export as job
+    from toolkit.schema import to_json
 
     with progress() as shown:
-        artefacts = job.export(model, weights, preprocess, profile, out, precision, shown)  # type: ignore[arg-type]
+        found = job(ExportRequest(model=model, preprocess=preprocess, **given), shown)
     if as_json:
-        click.echo(msgspec.json.encode(artefacts).decode())
+        click.echo(to_json(found), nl=False)
         return
-    for each in artefacts:
-        worst = max(p.max_relative_error for p in each.parity)
-        click.echo(
-            f"{Path(out) / each.path}: {each.size_bytes / 1e6:.2f} MB, runs in {each.executed_precision}, differs by {worst:.1e}"
-        )
+    for line in terminal.exported(found.request.out, found.artefacts, found.ratios, found.fp32_ns, found.notes):
+        click.echo(line)
 
 
 @cli.command(cls=Command, example="edgekit report out/")

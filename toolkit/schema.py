@@ -211,13 +211,14 @@ class Profile(Record, frozen=True, kw_only=True):
     schema: int = SCHEMA
     id: str
     device: str
-    runtime: Literal["onnxruntime", "openvino", "simulated"]
+    runtime: Literal["onnxruntime", "openvino", "simulated", "tensorrt", "tensorrt_rtx"]
     format: Format
     precision: Precision = "fp32"
     threads: int = 1
     batch: int = 1
     description: str = ""
     simulation: Simulation | None = None  # of a simulated device, and of no other
+    compute_capability: str = ""  # of an NVIDIA GPU, such as 8.7: what an engine is built for
 
 
 class TableRow(Record, frozen=True, kw_only=True):
@@ -388,6 +389,28 @@ class Parity(Record, frozen=True, kw_only=True):
     tolerance: float
 
 
+class FloatLayer(Record, frozen=True, kw_only=True):
+    """A layer left in float: `distortion` of the outputs when it alone was quantized; 0 where it was left by request."""
+
+    layer: str
+    distortion: float
+
+
+class Quantization(Record, frozen=True, kw_only=True):
+    """How a network became int8, and what that did to its outputs on the calibration images."""
+
+    recipe: str  # the runtime whose kernels the Q/DQ pairs are laid for
+    ranges: str  # how activation ranges were taken
+    images: int
+    layers: int  # that run in integers
+    kept_float: tuple[FloatLayer, ...]
+    distortion: float  # E|q - f|^2 / E|f - E f|^2
+    agreement: float  # share of images with the same top-1
+    expected_drop: float  # points of accuracy, by the fp32 network's own probabilities
+    max_drop: float  # what was allowed
+    distortion_by_ranges: dict[str, float] = {}
+
+
 class Artefact(Record, frozen=True, kw_only=True):
     """A deliverable file (for OpenVINO the .xml; its .bin is in `companions`), with what was read back from it."""
 
@@ -404,6 +427,7 @@ class Artefact(Record, frozen=True, kw_only=True):
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
     parity: tuple[Parity, ...]
+    quantization: Quantization | None = None
 
 
 class Groups(Record, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from toolkit.errors import MissingError, UsageError
 
 __all__ = ["RUNTIMES", "Backend", "KernelSample", "Session", "get", "random_feeds"]
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 def get(runtime: str) -> Backend:
@@ -21,6 +21,10 @@ def get(runtime: str) -> Backend:
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"There is no runtime {runtime!r}.", f"Choose one of: {', '.join(RUNTIMES)}.")
+    if runtime.startswith("tensorrt"):
+        from toolkit.backends import tensorrt_
+
+        return tensorrt_.TensorRt(runtime)
     try:
         importlib.import_module(runtime)
     except ImportError as error:

@@ -1,7 +1,23 @@
-"""Model files: written, read back, and compared with the PyTorch program."""
+"""Model files: written, read back, and compared with the original."""
 
-from toolkit.export.artefact import describe, export_artefacts, sha256
-from toolkit.export.onnx_ import save_onnx, to_onnx
+from toolkit.export.artefact import Wanted, describe, export_artefacts, sha256
+from toolkit.export.onnx_ import DYNAMIC, save_onnx, to_onnx
+from toolkit.export.precision import Quantizing
 from toolkit.export.program_ import save_program, save_weights
+from toolkit.export.source import Source, from_file, from_program
 
-__all__ = ["describe", "export_artefacts", "save_onnx", "save_program", "save_weights", "sha256", "to_onnx"]
+__all__ = [
+    "DYNAMIC",
+    "Quantizing",
+    "Source",
+    "Wanted",
+    "describe",
+    "export_artefacts",
+    "from_file",
+    "from_program",
+    "save_onnx",
+    "save_program",
+    "save_weights",
+    "sha256",
+    "to_onnx",
+]

@@ -16,18 +16,21 @@ from toolkit.graph import Program
 from toolkit.graph.program import first_line
 
 OPSET = 20
+DYNAMIC = 0  # as a batch: left open in the file
 EXTERNAL_BYTES = int(1.8e9)  # protobuf ends at 2 GiB
 
 
 def to_onnx(program: Program, batch: int = 1, opset: int = OPSET) -> Any:
-    """The program as an `onnx.ModelProto` with this batch size, simplified by onnxsim where that removes nodes.
+    """The program as an `onnx.ModelProto` with this batch size (`DYNAMIC`: any), simplified by onnxsim where that removes nodes.
 
     Raises:
         ModelError: a batch size that the model does not run; the exporter refuses an operator, or wrote another opset than asked.
     """
     if program.batch is not None and batch != program.batch:
-        raise ModelError(f"This model runs batches of {program.batch} only, not of {batch}.", "Choose a profile with that batch.")
-    example = program.example[:1].repeat(batch, *([1] * (program.example.dim() - 1)))
+        wanted = f"of {batch}" if batch else "of any size"
+        raise ModelError(f"This model runs batches of {program.batch} only, not {wanted}.", "Choose a profile with that batch.")
+    example = program.example[:1].repeat(batch or 2, *([1] * (program.example.dim() - 1)))
+    shapes = ({0: torch.export.Dim("batch")},) if batch == DYNAMIC else None
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -35,8 +38,9 @@ def to_onnx(program: Program, batch: int = 1, opset: int = OPSET) -> Any:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
-                program.module, (example,), dynamo=True, input_names=["input"], opset_version=opset, verbose=False, optimize=True
-            )
+                program.module, (example,), dynamo=True, input_names=["input"], opset_version=opset, verbose=False, optimize=True,
+                dynamic_shapes=shapes,
+            )  # fmt: skip
         assert exported is not None
         model = exported.model_proto
     except Exception as error:
@@ -59,8 +63,13 @@ def simplified(model: Any) -> Any:
     return smaller if equal and len(smaller.graph.node) < len(model.graph.node) else model
 
 
+def opset_of(model: Any) -> int:
+    """The version of the standard operators that a model is written in."""
+    return int(next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0))
+
+
 def checked_opset(model: Any, opset: int) -> Any:
-    written = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    written = opset_of(model)
     if written != opset:
         raise ModelError(
             f"The exporter wrote opset {written} where {opset} was asked.", "Ask for the opset it writes, or update torch."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,13 @@ from toolkit.report import units
 from toolkit.schema import (
     NO_BUDGET,
     AlignmentEvidence,
+    Artefact,
     Benchmark,
     Gate,
     KernelDifference,
     KernelProfile,
     Measurement,
+    Ratio,
     Report,
     TableHeader,
 )
@@ -331,3 +334,30 @@ def table(profile: str, folder: Path, header: TableHeader | None, rows: int) -> 
         ),
         *(f"  {found.kind}: {alignment(found)}" for found in header.alignments),
     ]
+
+
+def exported(out: str, artefacts: Sequence[Artefact], ratios: Sequence[Ratio], fp32_ns: float, notes: Sequence[str]) -> list[str]:
+    """What `edgekit export` wrote, a line each; what int8 does to the outputs and to the latency; what else to know."""
+    lines = []
+    for each in artefacts:
+        worst = max((p.max_relative_error for p in each.parity if p.step == each.path), default=None)
+        differs = f", differs from the original by {worst:.1e}" if worst is not None else ""
+        runs = each.executed_precision if each.executed_precision == "not executed" else f"runs in {each.executed_precision}"
+        lines.append(
+            f"{Path(out) / each.path}: {each.size_bytes / 1e6:.2f} MB, {each.precision}, opset {each.opset}, {runs}{differs}"
+        )
+    q = artefacts[0].quantization
+    if q is not None:
+        lines.append(
+            f"int8: {q.layers} layers, {q.ranges} ranges of {q.images} images; same top-1 as fp32 {units.share(q.agreement)},"
+            f" expected drop {q.expected_drop:.2f} of {q.max_drop:g} points"
+        )
+    if q is not None and q.kept_float:
+        lines.append("in float: " + ", ".join(layer.layer for layer in q.kept_float))
+    if ratios:
+        unit, scale = units.time_unit(fp32_ns)
+        (low, high), value = ratios[0].ci95, ratios[0].value
+        lines.append(f"latency: {value:.3f}x ({low:.3f} to {high:.3f}) of fp32's {fp32_ns / scale:.2f} {unit}")
+    if len(ratios) > 1:
+        lines.append(f"latency with no layer in float: {ratios[1].value:.3f}x")
+    return [*lines, *(f"note: {note}" for note in notes)]

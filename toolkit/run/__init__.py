@@ -20,7 +20,7 @@ import msgspec
 from toolkit import bench as benches
 from toolkit import report as reports
 from toolkit.errors import UsageError
-from toolkit.export import export_artefacts, save_onnx, save_program, save_weights, sha256, to_onnx
+from toolkit.export import Wanted, export_artefacts, from_program, save_onnx, save_program, save_weights, sha256, to_onnx
 from toolkit.graph import memory_of, unprunable
 from toolkit.latency import share_table
 from toolkit.prune import effects as causes
@@ -162,18 +162,13 @@ def clear(out: Path) -> None:
 
 def export_dense(target: Target, traced: Traced, images: Images, out: Path, name: str) -> tuple[Artefact, ...]:
     profile = target.profile
-    return export_artefacts(
-        traced.program,
-        out,
-        "dense",
-        role="dense",
+    wanted = Wanted(
         backend=target.backend,
         formats=target.formats,
-        precision=profile.precision,
         threads=profile.threads,
-        samples=loop.parity_samples(images),
         metadata={"edgekit.profile": profile.id, "edgekit.model": name},
     )
+    return export_artefacts(from_program(traced.program), out, "dense", "dense", wanted, loop.parity_samples(images))
 
 
 def move(chosen: loop.Attempt, out: Path) -> tuple[Artefact, ...]:
@@ -514,31 +509,4 @@ def profile_name(folder: Path) -> str:
     return "-".join(re.findall("[a-z0-9]+", folder.resolve().name.lower())) or "measured"
 
 
-def export(
-    model: str, weights: str, preprocess: Preprocess | None, profile_id: str, out: str, precision: Precision, progress: Progress
-) -> tuple[Artefact, ...]:
-    """Export a model as it is, in the profile's format and as ONNX, each checked against PyTorch on random inputs."""
-    import numpy as np
-
-    target = open_target(profile_id, 0, precision)
-    traced = load_and_trace(model, weights, preprocess, 0)
-    profile = target.profile
-    progress("export", 0, 1)
-    shape = (1, *traced.preprocess.input[1:])
-    artefacts = export_artefacts(
-        traced.program,
-        Path(out),
-        "model",
-        role="dense",
-        backend=target.backend,
-        formats=target.formats,
-        precision=profile.precision,
-        threads=profile.threads,
-        samples={"random": np.random.default_rng(0).standard_normal(shape, np.float32)},
-        metadata={"edgekit.profile": profile.id, "edgekit.model": model},
-    )
-    progress("export", 1, 1)
-    return artefacts
-
-
-__all__ = ["demo_request", "export", "measure", "run"]
+__all__ = ["demo_request", "measure", "run"]

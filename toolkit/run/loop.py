@@ -16,7 +16,7 @@ import numpy as np
 
 from toolkit import bench
 from toolkit.errors import BudgetError, UsageError
-from toolkit.export import export_artefacts, save_onnx, to_onnx
+from toolkit.export import Wanted, export_artefacts, from_program, save_onnx, to_onnx
 from toolkit.graph import Memory, Program
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, MemoryLimit, allocate, floor
@@ -182,18 +182,14 @@ def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
     """Export a state for the device."""
     folder.mkdir(parents=True, exist_ok=True)
     profile = job.target.profile
-    return export_artefacts(
-        state.program,
-        folder,
-        "model",
-        role="pruned",
+    wanted = Wanted(
         backend=job.target.backend,
         formats=job.target.formats,
         precision=profile.precision,
         threads=profile.threads,
-        samples=parity_samples(job.images),
         metadata={"edgekit.profile": profile.id, "edgekit.table": job.model.table_id, "edgekit.model": job.request.model},
     )
+    return export_artefacts(from_program(state.program), folder, "model", "pruned", wanted, parity_samples(job.images))
 
 
 def parity_samples(images: Images) -> dict[str, np.ndarray[Any, Any]]:

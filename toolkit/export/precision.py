@@ -1,0 +1,199 @@
+"""From fp32 to what is delivered: fp16 by casting the graph, int8 by Q/DQ, with the layers that cost most left in float."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import calibration
+from calibration.quantize import RangeMethod
+from toolkit.backends import Backend
+from toolkit.backends.base import shorten
+from toolkit.errors import DataError, ModelError
+from toolkit.export.onnx_ import EXTERNAL_BYTES, save_onnx
+from toolkit.schema import FloatLayer, Quantization
+
+Array = np.ndarray[Any, Any]
+Progress = Callable[[str, float, float], None]
+JUDGED_IMAGES = 32  # that one layer's cost is measured on
+RANGES: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """How a network becomes int8, and the images it is judged on.
+
+    Args:
+        recipe: the runtime whose kernels the Q/DQ pairs are laid for; a key of `calibration.RECIPES`.
+        images: calibration inputs [M, C, H, W].
+        ranges: how activation ranges are taken; `auto` tries all and keeps the one that changes the outputs least.
+        max_drop: points of accuracy that may be lost, as the fp32 network itself estimates it (see `expected_drop`); of a network
+            whose outputs are no class scores, percent of the outputs' variance.
+        keep_float: layers that stay in float whatever they cost.
+    """
+
+    recipe: str
+    images: Array
+    backend: Backend  # judges
+    threads: int = 1
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    max_drop: float = 1.0
+    keep_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One choice of ranges and layers, and what it does to the outputs."""
+
+    model: Any
+    distortion: float
+    drop: float
+    agreement: float
+    kept: tuple[str, ...]
+
+
+def to_fp16(model: Any) -> Any:
+    """Weights and arithmetic in half precision, inputs and outputs still float32, by onnxruntime's own converter.
+
+    Raises:
+        ModelError: the converter refuses; its own words.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    refuse_large(model, "fp16")
+    try:
+        return convert_float_to_float16(model, keep_io_types=True)
+    except Exception as error:
+        message = f"onnxruntime cannot convert this model to fp16: {shorten(error)}."
+        raise ModelError(message, "Run it again with --precision fp32.") from None
+
+
+def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quantization]:
+    """The network with Q/DQ, judged in its runtime; layers that cost most go back to float until `max_drop` holds.
+
+    Raises:
+        DataError: no images, or activations that are no numbers.
+        ModelError: onnxruntime's quantizer refuses; its own words.
+    """
+    refuse_large(model, "int8")
+    recipe = calibration.RECIPES[how.recipe]
+    try:
+        ready = calibration.prepared(model)
+        everything = [name for name in calibration.layers(ready, recipe) if name not in how.keep_float]
+        if not everything:
+            raise ModelError("No layer of this model can run in int8.", "Run it again with --precision fp16.")
+        seen = calibration.observe(ready, counted(how.images, "activation ranges", progress), recipe)
+        dense = outputs(model, how, how.images, "fp32 outputs", progress)
+        classes = len(model.graph.output) == 1 and len(model.graph.output[0].type.tensor_type.shape.dim) == 2
+        tried: dict[RangeMethod, Attempt] = {}
+
+        def attempt(method: RangeMethod, kept: Collection[str]) -> Attempt:
+            chosen = [name for name in everything if name not in kept]
+            made = calibration.quantize(ready, seen.ranges(method, recipe.signed), recipe, chosen)
+            step = f"int8, {len(kept)} layers in float" if kept else f"int8, {method} ranges"
+            found = outputs(made, how, how.images, step, progress)
+            lost = distortion(found, dense)
+            return Attempt(
+                made, lost, expected_drop(found, dense) if classes else 100 * lost, agreement(found, dense), tuple(kept)
+            )
+
+        for method in RANGES if how.ranges == "auto" else (how.ranges,):
+            tried[method] = attempt(method, ())
+        best = min(tried, key=lambda method: tried[method].distortion)
+        chosen, costs = tried[best], dict[str, float]()
+        if chosen.drop > how.max_drop:
+            costs = layer_costs(ready, seen.ranges(best, recipe.signed), recipe, everything, how, progress)
+            order, count = sorted(costs, key=lambda name: -costs[name]), 1
+            while chosen.drop > how.max_drop and count <= len(order):
+                chosen = attempt(best, order[:count])
+                count = len(order) if count < len(order) < 2 * count else 2 * count
+    except calibration.DataProblem as problem:
+        raise DataError(problem.message, problem.hint) from problem
+    return chosen.model, Quantization(
+        recipe=how.recipe,
+        ranges=best,
+        images=len(how.images),
+        layers=len(everything) - len(chosen.kept),
+        kept_float=tuple(FloatLayer(layer=name, distortion=costs.get(name, 0.0)) for name in (*how.keep_float, *chosen.kept)),
+        distortion=chosen.distortion,
+        agreement=chosen.agreement,
+        expected_drop=chosen.drop,
+        max_drop=how.max_drop if math.isfinite(how.max_drop) else 100.0,
+        distortion_by_ranges={str(method): each.distortion for method, each in tried.items()},
+    )
+
+
+def layer_costs(
+    ready: Any,
+    ranges: Mapping[str, tuple[float, float]],
+    recipe: calibration.Recipe,
+    everything: Collection[str],
+    how: Quantizing,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distortion of the outputs when one layer alone is quantized, by layer: an intervention on each."""
+    images = how.images[:JUDGED_IMAGES]
+    dense = outputs(ready, how, images, "", progress)
+    costs = {}
+    for done, name in enumerate(everything):
+        progress("layers one by one", done, len(everything))
+        costs[name] = distortion(outputs(calibration.quantize(ready, ranges, recipe, [name]), how, images, "", progress), dense)
+    progress("layers one by one", len(everything), len(everything))
+    return costs
+
+
+def outputs(model: Any, how: Quantizing, images: Array, step: str, progress: Progress) -> Array:
+    """All outputs of a model in the judging runtime, flattened: [M, D]."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "judged.onnx"
+        save_onnx(model, path, {entry.key: entry.value for entry in model.metadata_props})
+        session = how.backend.open(path, threads=how.threads, precision="int8")
+        try:
+            name = session.inputs[0].name
+            batches = counted(images, step, progress) if step else (images[i : i + 1] for i in range(len(images)))
+            return np.stack([np.concatenate([o.reshape(-1) for o in session.run({name: x})]) for x in batches]).astype(np.float64)
+        finally:
+            session.close()
+
+
+def counted(images: Array, step: str, progress: Progress) -> Any:
+    """Images one at a time, telling how far it is."""
+    for index in range(len(images)):
+        if index % 16 == 0:
+            progress(step, index, len(images))
+        yield images[index : index + 1]
+    progress(step, len(images), len(images))
+
+
+def distortion(found: Array, dense: Array) -> float:
+    """E|g - f|^2 / E|f - E f|^2 over images, as for widths."""
+    spread = float(((dense - dense.mean(0)) ** 2).sum())
+    return float(((found - dense) ** 2).sum()) / max(spread, 1e-30)
+
+
+def agreement(found: Array, dense: Array) -> float:
+    """Share of images with the same largest output."""
+    return float((found.argmax(1) == dense.argmax(1)).mean())
+
+
+def expected_drop(found: Array, dense: Array) -> float:
+    """Points of accuracy lost, by the fp32 network's own probabilities: 100 E[p(its class) - p(the class chosen now)].
+
+    Were those calibrated, this would be the drop itself; it needs no labels, and has far less noise than counting right answers.
+    """
+    scores = np.exp(dense - dense.max(1, keepdims=True))
+    p = scores / scores.sum(1, keepdims=True)
+    rows = np.arange(len(p))
+    return 100 * float((p.max(1) - p[rows, found.argmax(1)]).mean())
+
+
+def refuse_large(model: Any, precision: str) -> None:
+    if model.ByteSize() > EXTERNAL_BYTES:
+        message = f"This model has {model.ByteSize() / 1e9:.1f} GB; protobuf ends at 2 GB, and so do the {precision} converters."
+        raise ModelError(message, "Run it again with --precision fp32.")

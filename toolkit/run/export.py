@@ -1,0 +1,252 @@
+"""The verb `export`: a model as it is, or an ONNX file, at a precision and in a profile's format, checked and timed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+import calibration
+from toolkit import backends, devices, profiles
+from toolkit import bench as benches
+from toolkit.backends import Backend
+from toolkit.errors import DataError, UsageError
+from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
+from toolkit.export.onnx_ import OPSET
+from toolkit.run.prepare import Progress, load_and_trace, transform_of
+from toolkit.schema import Artefact, Format, Precision, Preprocess, Profile, Ratio, Record, save_json
+
+RECIPES: Mapping[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # and TensorRT's for its engines
+LEAST_IMAGES = 8
+
+
+class ExportRequest(Record, frozen=True, kw_only=True):
+    """The whole of what `edgekit export` was asked. `preprocess` None: the model's own, where it has one."""
+
+    model: str  # as `run` takes it, or a file that ends in .onnx
+    out: str
+    profile: str = "local-onnxruntime"
+    weights: str = ""
+    preprocess: Preprocess | None = None
+    precision: Precision | None = None  # the profile's
+    data: str = ""  # calibration images; int8 needs them
+    samples: int = 256
+    seed: int = 0
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    max_drop: float = 1.0
+    keep_float: tuple[str, ...] = ()
+    opset: int = 0  # 0: edgekit's own, or the file's
+    dynamic_batch: bool = False
+    compute_capability: str = ""  # empty: the profile's
+
+
+class Exported(Record, frozen=True, kw_only=True):
+    """`export.json`: what was asked, what was written, and its latency as a share of the fp32 file's.
+
+    Where layers were left in float, the second ratio is that of the file with none: the difference is what they cost.
+    """
+
+    schema: int = 1
+    request: ExportRequest
+    profile: Profile
+    artefacts: tuple[Artefact, ...]
+    ratios: tuple[Ratio, ...] = ()
+    fp32_ns: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an export is for: its profile and the runtime that writes and reads it."""
+
+    profile: Profile
+    backend: Backend
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
+
+    @property
+    def runs_here(self) -> bool:
+        return self.profile.format != "tensorrt" and self.profile.simulation is None
+
+
+def export(request: ExportRequest, progress: Progress) -> Exported:
+    """Write the files into `request.out`, all of them or none.
+
+    Raises:
+        EdgekitError: with what was wrong and what to run next.
+    """
+    place = find_place(request)
+    progress("export", 0, 1)
+    source, preprocess = open_source(request, place.profile)
+    progress("export", 1, 1)
+    images = load_calibration(request, place.profile.precision, preprocess, source, progress)
+    out = Path(request.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export") as staging:
+        folder = Path(staging)
+        wanted = wish(request, place, images)
+        samples = {"random": np.random.default_rng(0).standard_normal(source.shape, np.float32)}
+        samples |= {"real": images[:1]} if len(images) else {}
+        artefacts = export_artefacts(source, folder, "model", "dense", wanted, samples, progress)
+        made = Exported(request=request, profile=place.profile, artefacts=artefacts, notes=notes(artefacts, wanted))
+        if place.profile.precision == "int8" and place.runs_here and not request.dynamic_batch:
+            made = timed(made, source, wanted, folder, progress)
+        save_json(folder / "export.json", made)
+        for name in [*(a.path for a in artefacts), *(c for a in artefacts for c, _ in a.companions), "export.json"]:
+            os.replace(folder / name, out / name)
+        if (folder / "timing.cache").exists():
+            shutil.copy(folder / "timing.cache", out / "timing.cache")
+    return made
+
+
+def find_place(request: ExportRequest) -> Place:
+    """The profile at the precision that was asked, and its runtime; a device is not needed to build for it."""
+    profile = profiles.load(request.profile)
+    precision = request.precision or profile.precision
+    if profile.simulation is not None and precision != "fp32":
+        raise UsageError("A simulated device has no other precision than fp32.", "Run it again with -p local-onnxruntime.")
+    if request.compute_capability and profile.format != "tensorrt":
+        raise UsageError("--compute-capability is of TensorRT profiles.", "Run it again with -p tensorrt-rtx, or without it.")
+    if request.dynamic_batch and (profile.batch != 1 or profile.format == "tensorrt"):
+        raise UsageError(
+            f"Profile {profile.id} is for fixed shapes: it has batch {profile.batch} and the format {profile.format}.",
+            "Run it again without --dynamic-batch.",
+        )
+    profile = msgspec.structs.replace(profile, precision=precision)
+    if request.compute_capability:
+        profile = msgspec.structs.replace(profile, compute_capability=request.compute_capability)
+    if profile.format == "tensorrt":
+        return Place(profile, backends.get(profile.runtime))
+    return Place(profile, devices.open(profile).backend(profile.runtime))
+
+
+def open_source(request: ExportRequest, profile: Profile) -> tuple[Source, Preprocess]:
+    """The network in fp32 and how images become its input."""
+    batch = DYNAMIC if request.dynamic_batch else profile.batch
+    if request.model.lower().endswith(".onnx"):
+        if request.weights:
+            raise UsageError("An ONNX file has its weights in it.", "Run it again without --weights.")
+        if request.dynamic_batch:
+            raise UsageError("--dynamic-batch is for models, not for ONNX files.", "Export the file with an open batch.")
+        given = request.preprocess
+        source = from_file(Path(request.model), given.input if given else None, opset=request.opset)
+        if len(source.shape) != 4:
+            return source, Preprocess()
+        return source, msgspec.structs.replace(given or Preprocess(), input=source.shape)
+    traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
+    return from_program(traced.program, batch=batch, opset=request.opset or OPSET), traced.preprocess
+
+
+def load_calibration(
+    request: ExportRequest, precision: Precision, preprocess: Preprocess, source: Source, progress: Progress
+) -> np.ndarray[Any, Any]:
+    """Calibration inputs [M, C, H, W]; none for a precision that needs none.
+
+    Raises:
+        UsageError: int8 without --data.
+        DataError: nothing usable there.
+    """
+    if not request.data:
+        if precision == "int8":
+            raise UsageError("int8 needs calibration images.", "Run it again with --data FOLDER: some hundred images.")
+        return np.empty((0, *source.shape[1:]), np.float32)
+    progress("images", 0, 1)
+    try:
+        transform = transform_of(preprocess)
+        dataset = calibration.open_dataset(request.data)
+        chosen = calibration.select(dataset, request.samples, request.seed)
+        if precision == "int8" and len(chosen) < LEAST_IMAGES:
+            raise calibration.DataProblem(
+                f"{request.data} has {len(chosen)} images, too few to calibrate on.", "Give at least 8."
+            )
+        found = calibration.load_batch(dataset, chosen, transform)
+    except calibration.DataProblem as problem:
+        raise DataError(problem.message, problem.hint) from problem
+    progress("images", 1, 1)
+    return np.asarray(found)
+
+
+def wish(request: ExportRequest, place: Place, images: np.ndarray[Any, Any]) -> Wanted:
+    """What `export_artefacts` is to make."""
+    profile = place.profile
+    quantizing = None
+    if profile.precision == "int8":
+        quantizing = quantizing_for(profile, place.backend, images, request.ranges, request.max_drop, request.keep_float)
+    return Wanted(
+        backend=place.backend,
+        formats=place.formats,
+        precision=profile.precision,
+        threads=profile.threads,
+        metadata={"edgekit.profile": profile.id, "edgekit.model": request.model},
+        quantizing=quantizing,
+        compute_capability=profile.compute_capability,
+    )
+
+
+def quantizing_for(
+    profile: Profile,
+    backend: Backend,
+    images: np.ndarray[Any, Any],
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto",
+    max_drop: float = 1.0,
+    keep_float: tuple[str, ...] = (),
+) -> Quantizing:
+    """How a network becomes int8 for a profile; what cannot run here is judged in ONNX Runtime."""
+    here = profile.format != "tensorrt"
+    return Quantizing(
+        recipe=RECIPES[profile.runtime] if here else "tensorrt",
+        images=images,
+        backend=backend if here else backends.get("onnxruntime"),
+        threads=profile.threads,
+        ranges=ranges,
+        max_drop=max_drop,
+        keep_float=keep_float,
+    )
+
+
+def timed(made: Exported, source: Source, wanted: Wanted, folder: Path, progress: Progress) -> Exported:
+    """Latency beside the fp32 file, interleaved; and of the file with no layer in float, where some are."""
+    fp32 = replace(wanted, precision="fp32", quantizing=None)
+    export_artefacts(source, folder, "fp32", "dense", fp32, {}, progress)
+    suffix = Path(made.artefacts[-1].path).suffix
+    paths = [folder / f"fp32{suffix}", folder / f"model{suffix}"]
+    record = made.artefacts[0].quantization
+    if record is not None and record.kept_float and wanted.quantizing is not None:
+        whole = replace(wanted.quantizing, max_drop=float("inf"), ranges=record.ranges, keep_float=())  # type: ignore[arg-type]
+        export_artefacts(source, folder, "all_int8", "dense", replace(wanted, quantizing=whole), {}, progress)
+        paths.append(folder / f"all_int8{suffix}")
+    found = benches.benchmark(made.profile, paths, progress=progress)
+    reasons = tuple(dict.fromkeys(r for m in found.measurements for r in m.invalid_reasons))
+    return msgspec.structs.replace(
+        made,
+        ratios=found.ratios,
+        fp32_ns=found.measurements[0].latency_ns,
+        notes=(*made.notes, *(f"the latency is not valid: {reason}" for reason in reasons)),
+    )
+
+
+def notes(artefacts: tuple[Artefact, ...], wanted: Wanted) -> tuple[str, ...]:
+    """What a person must know of these files."""
+    said = []
+    for each in artefacts:
+        if each.precision == "fp16" and each.executed_precision == "fp32":
+            said.append(f"{each.path} holds fp16 weights; this machine has no fp16 kernels for it and ran it in fp32")
+        if each.format == "tensorrt":
+            said.append(f"{each.path} was built, not run: {each.executed_precision_read_from}")
+        q = each.quantization
+        if q is not None and each is artefacts[0]:
+            if q.expected_drop > q.max_drop:
+                said.append(f"no choice of layers keeps the expected drop under {q.max_drop:g}: it is {q.expected_drop:.2f}")
+    return tuple(said)
+
+
+__all__ = ["ExportRequest", "Exported", "export", "quantizing_for"]
