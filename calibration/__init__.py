@@ -5,7 +5,7 @@ from __future__ import annotations
 from calibration.datasets import Dataset, check_labels, open_dataset
 from calibration.preprocess import Transform, augment, iterate, load_batch
 from calibration.problems import DataProblem
-from calibration.quantize import RECIPES, Observed, Recipe, layers, observe, prepared, quantize
+from calibration.quantize import RECIPES, WEIGHTED, Observed, Recipe, activations, layers, observe, prepared, quantize
 from calibration.ranges import RangeObserver
 from calibration.sampling import select, split
 
@@ -13,10 +13,12 @@ __all__ = [
     "DataProblem",
     "Dataset",
     "RECIPES",
+    "WEIGHTED",
     "Observed",
     "RangeObserver",
     "Recipe",
     "Transform",
+    "activations",
     "augment",
     "check_labels",
     "iterate",

@@ -104,6 +104,20 @@ def layers(model: Any, recipe: Recipe) -> tuple[str, ...]:
     return tuple(found)
 
 
+def activations(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """The float tensors that go in and out of the layers of a prepared model, by name."""
+    import onnx
+
+    chosen, constant = set(layers(model, recipe)), {tensor.name for tensor in model.graph.initializer}
+    floats = {
+        value.name: value
+        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    names = (name for node in model.graph.node if node.name in chosen for name in (*node.input, *node.output))
+    return {name: floats[name] for name in names if name in floats and name not in constant}
+
+
 def observe(model: Any, inputs: Iterable[npt.NDArray[Any]], recipe: Recipe) -> Observed:
     """Run batches [n, C, H, W] through a prepared model and watch what goes in and out of its layers. Memory does not grow with
     their number.
@@ -114,24 +128,12 @@ def observe(model: Any, inputs: Iterable[npt.NDArray[Any]], recipe: Recipe) -> O
     import onnx
     import onnxruntime
 
-    chosen, constant = set(layers(model, recipe)), {tensor.name for tensor in model.graph.initializer}
-    floats = {
-        value.name: value
-        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    }
-    wanted = dict.fromkeys(
-        name
-        for node in model.graph.node
-        if node.name in chosen
-        for name in (*node.input, *node.output)
-        if name in floats and name not in constant
-    )
+    wanted = activations(model, recipe)
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     given = {value.name for value in model.graph.input}
     present = {value.name for value in model.graph.output}
-    watched.graph.output.extend(floats[name] for name in wanted if name not in present | given)
+    watched.graph.output.extend(value for name, value in wanted.items() if name not in present | given)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -184,7 +186,9 @@ def quantize(model: Any, ranges: Mapping[str, tuple[float, float]], recipe: Reci
                 "OpTypesToExcludeOutputQuantization": excluded,
             },
         )
-        done = quantizer.quantize_model()
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        done = quantizer.model.model
     except Exception as error:
         raise DataProblem(
             f"onnxruntime's quantizer refuses this model: {error}.", "Run it again with --precision fp16."
@@ -252,4 +256,4 @@ def _quantize_added_biases(model: Any) -> None:
         graph.initializer.remove(tensor)
 
 
-__all__ = ["METHODS", "RECIPES", "Observed", "Recipe", "layers", "observe", "prepared", "quantize"]
+__all__ = ["METHODS", "RECIPES", "Observed", "Recipe", "activations", "layers", "observe", "prepared", "quantize"]

@@ -237,7 +237,6 @@ threads_option = click.option(
     callback=lambda context, parameter, value: value or 0,
     help="Default: the profile's.",
 )
-precision_option = click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
@@ -258,7 +257,7 @@ def out_option(default: str) -> Callable[[Any], Any]:
     return click.option("-o", "--out", default=default, show_default=True, callback=check, help="Folder for the results.")
 
 
-weights_option = click.option("--weights", default="", help="State dict: .safetensors or .pt; no code is run.")
+weights_option = click.option("--weights", default="", help="State dict, .safetensors or .pt: data only.")
 budget_option = click.option("--budget", required=True, help="8ms, 350us, 0.5x of the dense, or none.")
 input_options = options(
     click.option("--input", "input_", callback=numbers(int, "x"), metavar="1xCxHxW", help="Input shape, e.g. 1x3x224x224."),
@@ -335,10 +334,11 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--samples", type=click.IntRange(8), default=512, show_default=True, help="Calibration images.")
 @click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring and cutting; 0: as needed.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Groups to leave whole; repeatable.")
-@click.option("--min-width", type=click.IntRange(1), default=1, show_default=True, help="Fewest channels of a group.")
+@click.option("--min-width", type=click.IntRange(1), default=1, metavar="N", help="Fewest channels of a group; default: 1.")
 @click.option("--max-memory", default="", metavar="SIZE", help="Weights + activations: 512KB, 2MB.")
 @threads_option
-@precision_option
+@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True, help="Of what is delivered.")
+@click.option("--max-drop", type=click.FloatRange(0), default=1.0, metavar="POINTS", help="int8 may cost by itself; default: 1.")
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
 @json_option

@@ -79,6 +79,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     seed: int = 0
     threads: int = 0  # 0: the profile's
     precision: Precision = "fp32"
+    max_drop: float = 1.0  # points that int8 may cost before layers go back to float
     keep: tuple[str, ...] = ()
     min_width: int = 1
     rounds: int = 0  # 0: chosen by the budget
@@ -400,9 +401,9 @@ class Quantization(Record, frozen=True, kw_only=True):
     """How a network became int8, and what that did to its outputs on the calibration images."""
 
     recipe: str  # the runtime whose kernels the Q/DQ pairs are laid for
-    ranges: str  # how activation ranges were taken
+    ranges: Literal["minmax", "percentile", "mse"]  # how activation ranges were taken
     images: int
-    layers: int  # that run in integers
+    layers: int  # with weights, that run in integers
     kept_float: tuple[FloatLayer, ...]
     distortion: float  # E|q - f|^2 / E|f - E f|^2
     agreement: float  # share of images with the same top-1
@@ -630,6 +631,15 @@ class GroupReport(Record, frozen=True, kw_only=True):
     responses: tuple[Response, ...] = ()
 
 
+class QuantizedDense(Record, frozen=True, kw_only=True):
+    """The dense network at the delivered precision: what lowering the precision gives without any pruning."""
+
+    ratio: float  # its latency over the fp32 network's
+    ratio_ci95: tuple[float, float]
+    accuracy: float | None
+    quantization: Quantization
+
+
 class KernelTime(Record, frozen=True, kw_only=True):
     """Profiled time of one place of the network, dense and pruned; `note` says what a cut bought or why it did not."""
 
@@ -675,6 +685,9 @@ class Report(Record, frozen=True, kw_only=True):
     memory_dense_bytes: float  # weights and the tensors alive at once, counted on the graph
     memory_pruned_bytes: float
     memory_limit_bytes: float = 0.0  # 0: none was asked for
+    precision: Precision = "fp32"  # of the delivered network; the dense one is in fp32
+    quantization: Quantization | None = None
+    quantized_dense: QuantizedDense | None = None
     prunable_macs_share: float
     prunable_latency_share: float
     floor_ns: float

@@ -7,9 +7,10 @@ import importlib
 from toolkit.backends.base import Backend, KernelSample, Session, random_feeds
 from toolkit.errors import MissingError, UsageError
 
-__all__ = ["RUNTIMES", "Backend", "KernelSample", "Session", "get", "random_feeds"]
+__all__ = ["BUILDERS", "RUNTIMES", "Backend", "KernelSample", "Session", "get", "random_feeds"]
 
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+RUNTIMES = ("onnxruntime", "openvino")
+BUILDERS = ("tensorrt", "tensorrt_rtx")  # build engines for devices that are elsewhere
 
 
 def get(runtime: str) -> Backend:
@@ -19,9 +20,9 @@ def get(runtime: str) -> Backend:
         UsageError: no such runtime.
         MissingError: the runtime is not installed, or its installation cannot be imported.
     """
-    if runtime not in RUNTIMES:
-        raise UsageError(f"There is no runtime {runtime!r}.", f"Choose one of: {', '.join(RUNTIMES)}.")
-    if runtime.startswith("tensorrt"):
+    if runtime not in (*RUNTIMES, *BUILDERS):
+        raise UsageError(f"There is no runtime {runtime!r}.", f"Choose one of: {', '.join((*RUNTIMES, *BUILDERS))}.")
+    if runtime in BUILDERS:
         from toolkit.backends import tensorrt_
 
         return tensorrt_.TensorRt(runtime)

@@ -15,6 +15,7 @@ from typing import Any
 
 _REORDERS = ("ReorderInput", "ReorderOutput")
 _BLOCKED_NAME = re.compile(r"(?P<tensor>.+)_nchwc(_token_\d+)?$")
+_MOVED_NAME = re.compile(r"_token_\d+$")  # of a node that was moved to another layout: its output is called after the node
 _WEIGHT_INPUT = {
     "Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "Gemm": 1, "FusedGemm": 1, "MatMul": 1, "FusedMatMul": 1,
     "ConvInteger": 1, "MatMulInteger": 1, "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1,
@@ -107,10 +108,19 @@ def _aliases(original: Any, optimised: Any) -> dict[str, str]:
         elif (same := by_name.get(node.name)) is not None and same.op_type == node.op_type:
             for mine, its in zip(node.output, same.output, strict=False):
                 aliases.setdefault(mine, its)
+        elif node.op_type.startswith("Q") and (was := by_name.get(_MOVED_NAME.sub("", node.name))) is not None:
+            for mine, its in zip(node.output, was.output, strict=False):
+                aliases.setdefault(mine, _quantized(its, readers))
     for node in reorders:
         if node.input[0] in aliases:
             aliases.setdefault(node.output[0], aliases[node.input[0]])
     return aliases
+
+
+def _quantized(tensor: str, readers: dict[str, list[Any]]) -> str:
+    """The tensor in integers, where the file turns it into some."""
+    made = (str(node.output[0]) for node in readers.get(tensor, ()) if node.op_type == "QuantizeLinear")
+    return next(made, tensor)
 
 
 def _after_fusion(tensor: str, kernel: Any, producers: dict[str, Any], readers: dict[str, list[Any]]) -> str:

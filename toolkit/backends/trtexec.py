@@ -99,6 +99,8 @@ def parse_profile(exported: str) -> dict[str, float]:
     """
     try:
         entries = [entry for entry in json.loads(exported) if "name" in entry]
-        return {str(entry["name"]): float(entry.get("medianMs", entry["averageMs"])) * 1e6 for entry in entries}
+        return {
+            str(entry["name"]): float(entry["medianMs"] if "medianMs" in entry else entry["averageMs"]) * 1e6 for entry in entries
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise MeasurementError(f"This is no file of trtexec --exportProfile: {error!r}.", "Run trtexec again.") from None

@@ -15,7 +15,7 @@ import numpy as np
 from toolkit.backends import Backend, Session, ort
 from toolkit.errors import MissingError, ParityError
 from toolkit.export.onnx_ import save_onnx
-from toolkit.export.precision import Progress, Quantizing, to_fp16, to_int8
+from toolkit.export.precision import Progress, Quantizing, refuse_large, to_fp16, to_int8
 from toolkit.export.source import Source
 from toolkit.schema import Artefact, Format, Parity, Precision, Quantization
 
@@ -83,6 +83,7 @@ def export_artefacts(
     before: list[Parity] = []
     model, quantization = source.model, None
     if wanted.precision in ("fp16", "int8"):
+        refuse_large(source.model, wanted.precision)
         before = check_master(source, samples, wanted.threads)
         if wanted.precision == "fp16":
             model = to_fp16(source.model)

@@ -87,3 +87,5 @@ def save_onnx(model: Any, path: Path, metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     large = model.ByteSize() > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=large, location=path.name + ".data" if large else None)
+    if large:  # saving has put the weights out of the model
+        onnx.load_external_data_for_model(model, str(path.parent))

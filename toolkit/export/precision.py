@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ class Quantizing:
     ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     max_drop: float = 1.0
     keep_float: tuple[str, ...] = ()
+    search: bool = True  # for layers to leave in float; else all of them, but for `keep_float`, are quantized
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ def to_fp16(model: Any) -> Any:
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    refuse_large(model, "fp16")
     try:
         return convert_float_to_float16(model, keep_io_types=True)
     except Exception as error:
@@ -81,7 +80,6 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         DataError: no images, or activations that are no numbers.
         ModelError: onnxruntime's quantizer refuses; its own words.
     """
-    refuse_large(model, "int8")
     recipe = calibration.RECIPES[how.recipe]
     try:
         ready = calibration.prepared(model)
@@ -107,7 +105,7 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
             tried[method] = attempt(method, ())
         best = min(tried, key=lambda method: tried[method].distortion)
         chosen, costs = tried[best], dict[str, float]()
-        if chosen.drop > how.max_drop:
+        if how.search and chosen.drop > how.max_drop:
             costs = layer_costs(ready, seen.ranges(best, recipe.signed), recipe, everything, how, progress)
             order, count = sorted(costs, key=lambda name: -costs[name]), 1
             while chosen.drop > how.max_drop and count <= len(order):
@@ -115,18 +113,39 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
                 count = len(order) if count < len(order) < 2 * count else 2 * count
     except calibration.DataProblem as problem:
         raise DataError(problem.message, problem.hint) from problem
+    weighted = {node.name for node in ready.graph.node if node.op_type in calibration.WEIGHTED}.intersection(everything)
     return chosen.model, Quantization(
         recipe=how.recipe,
         ranges=best,
         images=len(how.images),
-        layers=len(everything) - len(chosen.kept),
+        layers=len(weighted.difference(chosen.kept)),
         kept_float=tuple(FloatLayer(layer=name, distortion=costs.get(name, 0.0)) for name in (*how.keep_float, *chosen.kept)),
         distortion=chosen.distortion,
         agreement=chosen.agreement,
         expected_drop=chosen.drop,
-        max_drop=how.max_drop if math.isfinite(how.max_drop) else 100.0,
+        max_drop=how.max_drop,
         distortion_by_ranges={str(method): each.distortion for method, each in tried.items()},
     )
+
+
+class RoughInt8:
+    """Networks with Q/DQ whose ranges are those of one random input: as fast as the real ones, and no more right.
+
+    Width variants of one network have the same tensors, so the first one's ranges do for all; whatever has others gets its own.
+    """
+
+    def __init__(self, recipe: str, keep_float: Collection[str] = ()) -> None:
+        self._recipe, self._keep_float = calibration.RECIPES[recipe], frozenset(keep_float)
+        self._ranges: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, model: Any) -> Any:
+        ready = calibration.prepared(model)
+        if not self._ranges.keys() >= calibration.activations(ready, self._recipe).keys():
+            shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+            inputs = [np.random.default_rng(0).standard_normal(shape, np.float32)]
+            self._ranges |= calibration.observe(ready, inputs, self._recipe).ranges("minmax")
+        chosen = [name for name in calibration.layers(ready, self._recipe) if name not in self._keep_float]
+        return calibration.quantize(ready, self._ranges, self._recipe, chosen)
 
 
 def layer_costs(

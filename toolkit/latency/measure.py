@@ -46,6 +46,7 @@ Wanted = tuple[str, dict[str, int], Path | None]  # role, widths, a file where n
 MIN_COVERAGE = 0.9
 BASE = ("train", "held_out", "extra")  # roles of the networks that belong to every run
 AROUND_S = 10.0  # that loading and fitting a whole table take beside the measuring, on the machines at hand
+FINISH_S = 1.0  # for inserting Q/DQ into one network
 PLAN_S = 4.0  # for a network that is measured on demand
 REUSED_SAMPLES = 40  # of a kernel, from which on another model's rows stand for profiling it
 REUSED_SHARE = 0.5  # of the networks that are measured where all kernels are known
@@ -160,14 +161,16 @@ class ModelTable:
         self.own.mkdir(parents=True, exist_ok=True)
         if missing:
             seconds *= len(missing) / max(len(wanted), 1)
-            told = seconds + (0.0 if done else AROUND_S)
+            told = seconds + (0.0 if done else AROUND_S) + (FINISH_S * len(missing) if self.maker.finish else 0.0)
             step = f"measuring networks, about {math.ceil(told / 10) * 10} s"
             progress(step, 0, len(missing))
             timer, level = self._open_timer(networks)
             end = timer.now_s() + seconds
             for position, (role, widths, path) in enumerate(missing):
                 allowance = max(0.0, end - timer.now_s()) / (len(missing) - position)
+                before = timer.now_s()
                 file = path or self.maker.write(widths, self.own)
+                end += timer.now_s() - before
                 network = timer.measure(file, role, widths, allowance, variant=path is None)
                 network = msgspec.structs.replace(network, ratio=network.ratio * level)
                 networks.append(network)

@@ -99,7 +99,7 @@ class Timer:
             if not self._segments:
                 message = f"{self._profile.runtime} shows too little of where the time goes, and this network cannot be cut."
                 raise TableError(message, "Report the model with the runtime's version.")
-        model = onnx.shape_inference.infer_shapes(self._maker.make(widths), data_prop=True)
+        model = onnx.shape_inference.infer_shapes(self._maker.finished(widths), data_prop=True)
         return [self._segment(part, model) for part in self._segments], 0.0
 
     def _segment(self, part: Segment, model: Any) -> SpanTime:

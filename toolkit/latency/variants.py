@@ -55,6 +55,8 @@ class VariantMaker:
     attributes: Mapping[tuple[int, str], tuple[DimForm, ...]]
     outputs: tuple[tuple[DimForm, ...], ...]
     channels: Mapping[str, tuple[DimForm, ...]]  # form of every dimension of every tensor, where all are explained
+    finish: Callable[[Any], Any] | None = None  # what turns a variant into what is measured, such as Q/DQ around its layers
+    in_float: frozenset[str] = frozenset()  # nodes that stay in fp32 all the same
 
     @cached_property
     def sections(self) -> dict[int, tuple[int, int]]:
@@ -96,16 +98,20 @@ class VariantMaker:
                     dim.dim_value = form.at(widths)
         return model
 
+    def finished(self, widths: Widths) -> Any:
+        """The model at these widths as it is measured: large weights in the blob, or finished with the dense ones, sliced."""
+        return self.finish(self.make(widths, inline=True)) if self.finish else self.make(widths)
+
     def write(self, widths: Widths, folder: Path, name: str = "variant.onnx") -> Path:
         """Write the variant into `folder`, and the blob beside it if it is not there."""
         import onnx
 
         folder.mkdir(parents=True, exist_ok=True)
-        blob = folder / BLOB
-        if self.sections and not (blob.exists() and blob.stat().st_size == self.blob_bytes):
+        blob, model = folder / BLOB, self.finished(widths)
+        if self.finish is None and self.sections and not (blob.exists() and blob.stat().st_size == self.blob_bytes):
             self._write_blob(blob)
         path = folder / name
-        path.write_bytes(self.make(widths).SerializeToString())
+        path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path))
         return path
 

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from toolkit import bench as benches
 from toolkit import report as reports
@@ -27,6 +29,7 @@ from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
 from toolkit.run import loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
+from toolkit.run.export import quantizing_for
 from toolkit.run.prepare import (
     Images,
     Target,
@@ -51,6 +54,7 @@ from toolkit.schema import (
     Plan,
     Precision,
     Preprocess,
+    QuantizedDense,
     Report,
     RunRequest,
     TableSummary,
@@ -58,6 +62,7 @@ from toolkit.schema import (
     write_text,
 )
 
+QUANTIZING_IMAGES = 256  # that activation ranges are taken of
 Progress = Callable[[str, float, float], None]
 PACKAGES = ("edgekit", "torch", "onnx", "onnxruntime", "openvino", "onnxsim", "numpy", "scipy")
 
@@ -118,13 +123,19 @@ def run(request: RunRequest, progress: Progress) -> Report:
         progress("dense model", 1, 1)
     exact_ns = request.budget.latency_ns
     budget = exact_ns / measured.latency_ns if exact_ns else request.budget.ratio
+    lowered = None
+    if request.precision != "fp32":
+        with clock.step("lower precision"):
+            lowered = lower_dense(request, target, traced, images, dense_path, out, progress)
     with clock.step("table"):
-        table = latency_table(target, traced.program, candidates, request.seed, measured.latency_ns, progress)
+        in_float = lowered.how.keep_float if lowered else ()
+        table = latency_table(target, traced.program, candidates, request.seed, measured.latency_ns, progress, in_float)
         candidates = table.model.far_edges(candidates, {group.name: group.width for group in traced.program.groups})
     memory = memory_of(traced.program)
     job = loop.Job(
-        request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress, memory
-    )
+        request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress, memory,
+        lowered=lowered,
+    )  # fmt: skip
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
@@ -142,11 +153,13 @@ def run(request: RunRequest, progress: Progress) -> Report:
             before = predictions(target, dense_path, images, "accuracy, dense", progress)
             after = predictions(target, job.pruned_path(out), images, "accuracy, pruned", progress)
             accuracy = judge(before, after, images.labels)
+            unpruned = quantized_dense(job, before)
     finally:
+        shutil.rmtree(out / ".lowered", ignore_errors=True)
         for leftover in out.glob(".attempt*"):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(out / ".floor", ignore_errors=True)
-    report = compose(job, traced, outcome, accuracy, held, clock)
+    report = compose(job, traced, outcome, accuracy, held, clock, unpruned)
     write_run(job, traced, outcome, artefacts, report)
     return report
 
@@ -171,6 +184,43 @@ def export_dense(target: Target, traced: Traced, images: Images, out: Path, name
     return export_artefacts(from_program(traced.program), out, "dense", "dense", wanted, loop.parity_samples(images))
 
 
+def lower_dense(
+    request: RunRequest, target: Target, traced: Traced, images: Images, dense_path: Path, out: Path, progress: Progress
+) -> loop.Lowered:
+    """The unpruned network at the delivered precision, and how long it takes beside the dense one."""
+    folder = out / ".lowered"
+    folder.mkdir(exist_ok=True)
+    profile = target.profile
+    wanted = Wanted(
+        backend=target.backend,
+        formats=target.formats,
+        precision=profile.precision,
+        threads=profile.threads,
+        quantizing=quantizing_for(profile, target.backend, images.calibration[:QUANTIZING_IMAGES], max_drop=request.max_drop),
+    )
+    samples = loop.parity_samples(images)
+    record = export_artefacts(from_program(traced.program), folder, "model", "dense", wanted, samples, progress)[0].quantization
+    assert record is not None and wanted.quantizing is not None
+    path = folder / f"model{target.artefact_suffix}"
+    measured = benches.compare(profile, dense_path, path, statistic=request.statistic, time_limit_s=45.0)
+    kept = tuple(layer.layer for layer in record.kept_float)
+    how = dataclasses.replace(wanted.quantizing, ranges=record.ranges, keep_float=kept, search=False)
+    return loop.Lowered(path, measured, how, record)
+
+
+def quantized_dense(job: loop.Job, dense: np.ndarray[Any, Any]) -> QuantizedDense | None:
+    """What the delivered precision alone gives, None where it is fp32."""
+    if job.lowered is None:
+        return None
+    found = predictions(job.target, job.lowered.path, job.images, f"accuracy, {job.target.profile.precision} dense", job.progress)
+    return QuantizedDense(
+        ratio=job.lowered.measured.ratio,
+        ratio_ci95=job.lowered.measured.ratio_ci95,
+        accuracy=judge(dense, found, job.images.labels).pruned,
+        quantization=job.lowered.quantization,
+    )
+
+
 def move(chosen: loop.Attempt, out: Path) -> tuple[Artefact, ...]:
     """The attempt's files into the run's folder."""
     for file in chosen.folder.iterdir():
@@ -185,6 +235,7 @@ def compose(
     accuracy: Accuracy,
     held: dict[str, str],
     clock: Clock,
+    unpruned: QuantizedDense | None,
 ) -> Report:
     """The report from what the steps returned."""
     request, chosen = job.request, outcome.attempt
@@ -225,6 +276,9 @@ def compose(
         memory_dense_bytes=job.memory.bytes_at(job.dense_widths),
         memory_pruned_bytes=memory_of(pruned_program).bytes_at({g.name: g.width for g in pruned_program.groups}),
         memory_limit_bytes=request.max_memory_bytes,
+        precision=job.target.profile.precision,
+        quantization=chosen.artefacts[0].quantization,
+        quantized_dense=unpruned,
         prunable_macs_share=job.program.prunable_macs_share(),
         prunable_latency_share=prunable_latency_share(job),
         floor_ns=job.floor.share * dense_ns if job.floor else 0.0,
@@ -397,6 +451,8 @@ def command_of(request: RunRequest) -> str:
         ("--threads", request.threads, 0),
         ("--min-width", request.min_width, 1),
         ("--rounds", request.rounds, 0),
+        ("--precision", request.precision, "fp32"),
+        ("--max-drop", request.max_drop, 1.0),
     ):
         words += [flag, str(chosen)] if chosen != default else []
     words += ["--max-memory", f"{request.max_memory_bytes:.0f}B"] if request.max_memory_bytes else []

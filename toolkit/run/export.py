@@ -221,7 +221,7 @@ def timed(made: Exported, source: Source, wanted: Wanted, folder: Path, progress
     paths = [folder / f"fp32{suffix}", folder / f"model{suffix}"]
     record = made.artefacts[0].quantization
     if record is not None and record.kept_float and wanted.quantizing is not None:
-        whole = replace(wanted.quantizing, max_drop=float("inf"), ranges=record.ranges, keep_float=())  # type: ignore[arg-type]
+        whole = replace(wanted.quantizing, search=False, ranges=record.ranges, keep_float=())
         export_artefacts(source, folder, "all_int8", "dense", replace(wanted, quantizing=whole), {}, progress)
         paths.append(folder / f"all_int8{suffix}")
     found = benches.benchmark(made.profile, paths, progress=progress)

@@ -16,14 +16,14 @@ import numpy as np
 
 from toolkit import bench
 from toolkit.errors import BudgetError, UsageError
-from toolkit.export import Wanted, export_artefacts, from_program, save_onnx, to_onnx
+from toolkit.export import Quantizing, Wanted, export_artefacts, from_program, save_onnx, to_onnx
 from toolkit.graph import Memory, Program
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, MemoryLimit, allocate, floor
 from toolkit.prune.harmless import fastest, harmless
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
-from toolkit.schema import Artefact, Comparison, Iteration, Record, RunRequest, load_json, save_json
+from toolkit.schema import Artefact, Comparison, Iteration, Quantization, Record, RunRequest, load_json, save_json
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
@@ -44,11 +44,22 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Lowered:
+    """The unpruned network at the delivered precision."""
+
+    path: Path
+    measured: Comparison  # with the dense network in fp32
+    how: Quantizing  # for all that is pruned from it: the same ranges' method, the same layers in float
+    quantization: Quantization
+
+
+@dataclass(frozen=True)
 class Job:
     """What stays the same throughout a run.
 
-    `budget` is a share of the dense latency; `exact_ns` the absolute budget, 0 for a relative one; `memory` what its plans take;
-    `floor` is None until it was measured.
+    `budget` is a share of the dense latency, that of the network in fp32; `exact_ns` the absolute budget, 0 for a relative one;
+    `memory` what its plans take; `floor` is None until it was measured. `lowered` is what the delivered precision alone does,
+    None where that is fp32: tables are of that precision, budgets are not.
     """
 
     request: RunRequest
@@ -64,6 +75,12 @@ class Job:
     progress: Progress
     memory: Memory
     floor: Floor | None = None
+    lowered: Lowered | None = None
+
+    @property
+    def base(self) -> float:
+        """Latency of the unpruned network at the delivered precision, as a share of the dense one's."""
+        return self.lowered.measured.ratio if self.lowered else 1.0
 
     def memory_limit(self, part: float = 1.0) -> MemoryLimit | None:
         """What a plan may take once `part` of the way to the limit is behind it; None without a limit."""
@@ -84,7 +101,7 @@ class Job:
 
     def predicted(self, widths: Mapping[str, int]) -> float:
         """Predicted latency as a share of the dense network's; never under the measured floor, where a fit means nothing."""
-        share = self.model.predict(widths) / self.model.predict(self.dense_widths)
+        share = self.base * self.model.predict(widths) / self.model.predict(self.dense_widths)
         return max(share, self.floor.share) if self.floor else share
 
     def pruned_path(self, folder: Path) -> Path:
@@ -188,6 +205,7 @@ def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
         precision=profile.precision,
         threads=profile.threads,
         metadata={"edgekit.profile": profile.id, "edgekit.table": job.model.table_id, "edgekit.model": job.request.model},
+        quantizing=job.lowered.how if job.lowered else None,
     )
     return export_artefacts(from_program(state.program), folder, "model", "pruned", wanted, parity_samples(job.images))
 
@@ -211,7 +229,8 @@ def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
 
 def remembered(job: Job, widths: Mapping[str, int]) -> Path:
     """The file of what these widths measured."""
-    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
+    what = [job.request.statistic, sorted(widths.items()), *(job.lowered.how.keep_float if job.lowered else ())]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return job.plans / f"{digest}.json"
 
 
@@ -246,7 +265,7 @@ def solve(job: Job, state: State, scores: Scores, share: float, part: float = 1.
         proposed = propose(job, state, scores, share, part)
         promised = job.model.predict(proposed.widths)
         measured = refine(job, proposed.widths)
-        tried.append((measured / job.model.predict(job.dense_widths), proposed))
+        tried.append((job.base * measured / job.model.predict(job.dense_widths), proposed))
         if abs(measured / promised - 1) <= HOLDS:
             return proposed
     return min(tried, key=lambda pair: abs(pair[0] / share - 1))[1]
@@ -257,9 +276,14 @@ def propose(job: Job, state: State, scores: Scores, share: float, part: float = 
     arguments = (job.program.groups, options(job, state), scores.losses, job.model.costs(), job.model.overhead_ns)
     memory = job.memory_limit(part)
     try:
-        return allocate(*arguments, share * job.model.predict(job.dense_widths), memory=memory)
+        return allocate(*arguments, share / job.base * job.model.predict(job.dense_widths), memory=memory)
     except BudgetError:
         return floor(*arguments, memory=memory)
+
+
+def nothing_gained(job: Job, found: Attempt) -> bool:
+    """Whether nothing went, so that a slower network inside the budget does not exist."""
+    return job.lowered is not None and found.allocation.widths == job.dense_widths
 
 
 def memory_decides(job: Job, state: State, scores: Scores, found: Attempt) -> bool:
@@ -273,7 +297,8 @@ def refine(job: Job, widths: Mapping[str, int]) -> float:
         path = None
         if min(widths.values()) == 0:
             path = Path(folder) / "dropped.onnx"
-            save_onnx(to_onnx(floor_state(job.program, widths).program), path, {})
+            model, lower = to_onnx(floor_state(job.program, widths).program), job.table.maker.finish
+            save_onnx(lower(model) if lower else model, path, {})
         job.table.refine([(widths, path)], job.progress)
     return job.table.measured_ns(widths)
 
@@ -312,7 +337,7 @@ def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder:
 def close(job: Job) -> Outcome:
     """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget."""
     limit = job.memory_limit()
-    tightest = min(job.budget, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
+    tightest = min(job.budget / job.base, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
     rounds = job.request.rounds or rounds_for(tightest, job.request.method)
     state, scale, proof = State(job.program), 1.0, 0.0
     history: list[Scores] = []
@@ -326,7 +351,7 @@ def close(job: Job) -> Outcome:
         history.append(scores)
         last = r == rounds - 1
         part = (r + 1) / rounds
-        share = AIM * job.budget**part
+        share = AIM * job.base * (job.budget / job.base) ** part
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
             allocation = solve(job, state, scores, share / scale, part, REFINEMENTS if last else 1)
@@ -337,6 +362,7 @@ def close(job: Job) -> Outcome:
             if not last:
                 break
             near = LOWEST <= job.share(found.measured) or memory_decides(job, state, scores, found)
+            near = near or nothing_gained(job, found)
             if near and job.upper(found.measured) <= HIGHEST:
                 tried[-1] = found = confirm(job, found)
                 if met(job, found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from toolkit import devices, profiles
 from toolkit.backends import Backend
 from toolkit.devices import Device
 from toolkit.errors import DataError, UsageError
-from toolkit.export import save_onnx, to_onnx
+from toolkit.export import RoughInt8, save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
 from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, load_table, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
@@ -27,6 +27,7 @@ from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
 from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
 
 Progress = Callable[[str, float, float], None]
+Lower = Callable[[Any], Any]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
 DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (50.0, 180.0)
@@ -65,8 +66,10 @@ def open_target(profile_id: str, threads: int = 0, precision: Precision | None =
     profile = profiles.load(profile_id)
     precision = precision or profile.precision
     profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
-    if precision != "fp32" and not (measuring and precision == "bf16" and profile.runtime == "openvino"):
-        raise UsageError(f"--precision {precision} is not supported by this version.", "Run with --precision fp32.")
+    offered = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "int8", *(("bf16",) if measuring else ()))}
+    if precision not in offered.get(profile.runtime, ("fp32",)):
+        message = f"--precision {precision} is nothing that this version can {'measure' if measuring else 'prune for'} with"
+        raise UsageError(f"{message} {profile.runtime}.", "Run with --precision fp32; `edgekit export` writes all precisions.")
     if profile.batch != 1 and not measuring:
         message = f"Profile {profile.id} has batch {profile.batch}, which this version can only measure."
         raise UsageError(message, f"Run: edgekit measure MODEL -p {profile_id}, or use a profile with batch 1.")
@@ -204,18 +207,35 @@ def allocatable(
 
 
 def latency_table(
-    target: Target, program: Program, candidates: Mapping[str, Sequence[int]], seed: int, dense_ns: float, progress: Progress
+    target: Target,
+    program: Program,
+    candidates: Mapping[str, Sequence[int]],
+    seed: int,
+    dense_ns: float,
+    progress: Progress,
+    in_float: Sequence[str] = (),
 ) -> ModelTable:
-    """Measure, or load from the cache, the latency table of this program on this device."""
+    """Measure, or load from the cache, the latency table of this program on this device.
+
+    Args:
+        in_float: nodes of the exported file that stay in fp32 where the target's precision is int8.
+    """
     progress("width variants", 0, 1)
-    batch = target.profile.batch
-    maker = variant_maker(program, candidates, seed, progress, batch)
+    batch, lower = target.profile.batch, lowering(target, in_float)
+    maker = replace(variant_maker(program, candidates, seed, progress, batch), finish=lower, in_float=frozenset(in_float))
     with tempfile.TemporaryDirectory() as folder:
-        extra = dropped_networks(program, candidates, Path(folder), seed, batch)
+        extra = dropped_networks(program, candidates, Path(folder), seed, batch, lower)
         progress("width variants", 1, 1)
         table = ModelTable(target.profile, target.fingerprint, target.device, maker, candidates, table_folder(target), seed)
         table.measure(seconds=measuring_seconds(dense_ns), extra=extra, progress=progress)
     return table
+
+
+def lowering(target: Target, in_float: Sequence[str] = ()) -> Lower | None:
+    """What turns a network in fp32 into one that takes as long as at the target's precision; None where it is that already."""
+    if target.profile.precision != "int8":
+        return None
+    return RoughInt8(target.profile.runtime, in_float)
 
 
 def measuring_seconds(dense_ns: float) -> float:
@@ -250,7 +270,12 @@ def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:
 
 
 def dropped_networks(
-    program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int, batch: int = 1
+    program: Program,
+    candidates: Mapping[str, Sequence[int]],
+    folder: Path,
+    seed: int,
+    batch: int = 1,
+    lower: Lower | None = None,
 ) -> list[tuple[dict[str, int], Path]]:
     """Real exports with random branches dropped, which variants cannot be: they anchor what dropping saves."""
     droppable = [name for name, widths in candidates.items() if 0 in widths]
@@ -261,6 +286,7 @@ def dropped_networks(
         widths |= {name: rng.choice([w for w in options if w > 0]) for name, options in candidates.items()}
         widths |= dict.fromkeys(rng.sample(droppable, max(1, len(droppable) * (i + 1) // (EXTRA_NETWORKS + 1))), 0)
         path = folder / f"dropped{i}.onnx"
-        save_onnx(to_onnx(floor_state(program, widths).program, batch), path, {})
+        model = to_onnx(floor_state(program, widths).program, batch)
+        save_onnx(lower(model) if lower else model, path, {})
         found.append((widths, path))
     return found
