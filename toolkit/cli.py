@@ -337,7 +337,7 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--min-width", type=click.IntRange(1), default=1, metavar="N", help="Fewest channels of a group; default: 1.")
 @click.option("--max-memory", default="", metavar="SIZE", help="Weights + activations: 512KB, 2MB.")
 @threads_option
-@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True, help="Of what is delivered.")
+@click.option("--precision", type=click.Choice(["fp32", "int8", "auto"]), default="fp32", show_default=True)
 @click.option("--max-drop", type=click.FloatRange(0), default=1.0, metavar="POINTS", help="int8 may cost by itself; default: 1.")
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")

@@ -78,7 +78,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     samples: int = 512
     seed: int = 0
     threads: int = 0  # 0: the profile's
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "fp32"  # auto: whichever is predicted to lose less at the budget
     max_drop: float = 1.0  # points that int8 may cost before layers go back to float
     keep: tuple[str, ...] = ()
     min_width: int = 1
@@ -640,6 +640,13 @@ class QuantizedDense(Record, frozen=True, kw_only=True):
     quantization: Quantization
 
 
+class PrecisionChoice(Record, frozen=True, kw_only=True):
+    """What a precision was predicted to lose at the budget, pruning and rounding together; None: it cannot reach the budget."""
+
+    precision: Precision
+    distortion: float | None
+
+
 class KernelTime(Record, frozen=True, kw_only=True):
     """Profiled time of one place of the network, dense and pruned; `note` says what a cut bought or why it did not."""
 
@@ -688,6 +695,7 @@ class Report(Record, frozen=True, kw_only=True):
     precision: Precision = "fp32"  # of the delivered network; the dense one is in fp32
     quantization: Quantization | None = None
     quantized_dense: QuantizedDense | None = None
+    precision_choices: tuple[PrecisionChoice, ...] = ()  # where the precision was left to edgekit
     prunable_macs_share: float
     prunable_latency_share: float
     floor_ns: float

@@ -127,6 +127,10 @@ def _comparison(report: Report) -> Table:
         (units.memory(report), report.memory_dense_bytes, report.memory_pruned_bytes, units.size),
     ):
         row(name, text(before), text(after), units.change(before, after))
+    for choice in report.precision_choices:
+        lost = "out of reach" if choice.distortion is None else f"{choice.distortion:.4f}"
+        taken = " (taken)" if choice.precision == report.precision else ""
+        row(f"predicted distortion, {choice.precision}", "", lost, taken)
     return table
 
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import numpy as np
 
 from toolkit import bench as benches
 from toolkit import report as reports
-from toolkit.errors import UsageError
+from toolkit.errors import BudgetError, UsageError
 from toolkit.export import Wanted, export_artefacts, from_program, save_onnx, save_program, save_weights, sha256, to_onnx
 from toolkit.graph import memory_of, unprunable
 from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
+from toolkit.prune.pruner import Scores
 from toolkit.run import loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.export import quantizing_for
@@ -53,6 +54,7 @@ from toolkit.schema import (
     Manifest,
     Plan,
     Precision,
+    PrecisionChoice,
     Preprocess,
     QuantizedDense,
     Report,
@@ -105,8 +107,11 @@ def run(request: RunRequest, progress: Progress) -> Report:
     """
     if request.max_memory_bytes and request.budget.unlimited:
         raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
+    if request.precision == "auto" and request.budget.unlimited:
+        raise UsageError("Without a budget there is nothing to choose a precision by.", "Give one, or --precision int8.")
     clock, out = Clock(), Path(request.out)
-    target = open_target(request.profile, request.threads, request.precision)
+    precisions: tuple[Precision, ...] = ("fp32", "int8") if request.precision == "auto" else (request.precision,)
+    targets = [open_target(request.profile, request.threads, precision) for precision in precisions]
     with clock.step("trace"):
         progress("trace", 0, 1)
         traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
@@ -117,51 +122,110 @@ def run(request: RunRequest, progress: Progress) -> Report:
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)
-        dense = export_dense(target, traced, images, out, request.model)
-        dense_path = out / f"dense{target.artefact_suffix}"
-        measured = benches.measure(target.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
+        dense = export_dense(targets[0], traced, images, out, request.model)
+        dense_path = out / f"dense{targets[0].artefact_suffix}"
+        measured = benches.measure(targets[0].profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
         progress("dense model", 1, 1)
-    exact_ns = request.budget.latency_ns
-    budget = exact_ns / measured.latency_ns if exact_ns else request.budget.ratio
-    lowered = None
-    if request.precision != "fp32":
-        with clock.step("lower precision"):
-            lowered = lower_dense(request, target, traced, images, dense_path, out, progress)
-    with clock.step("table"):
-        in_float = lowered.how.keep_float if lowered else ()
-        table = latency_table(target, traced.program, candidates, request.seed, measured.latency_ns, progress, in_float)
-        candidates = table.model.far_edges(candidates, {group.name: group.width for group in traced.program.groups})
-    memory = memory_of(traced.program)
-    job = loop.Job(
-        request, target, traced.program, images, candidates, table, dense_path, out, budget, exact_ns, progress, memory,
-        lowered=lowered,
-    )  # fmt: skip
-    if exact_ns:
-        job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, measured.latency_ns))
     try:
-        if not request.budget.unlimited:
-            with clock.step("floor"):
-                job = dataclasses.replace(job, floor=loop.check_floor(job))
+        begin = Beginning(request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress)
+        job, choices, first = open_jobs(begin, targets)
         with clock.step("prune"):
-            outcome = loop.without_budget(job) if request.budget.unlimited else loop.close(job)
+            outcome = loop.without_budget(job) if request.budget.unlimited else loop.close(job, first)
         chosen = outcome.attempt
         with clock.step("deliver"):
             artefacts = (*dense, *move(chosen, out))
             save_program(chosen.cut.state.program, out / "model.pt2")
             save_weights(chosen.cut.state.program, out / "weights.safetensors")
         with clock.step("evaluate"):
-            before = predictions(target, dense_path, images, "accuracy, dense", progress)
-            after = predictions(target, job.pruned_path(out), images, "accuracy, pruned", progress)
+            before = predictions(job.target, dense_path, images, "accuracy, dense", progress)
+            after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
             accuracy = judge(before, after, images.labels)
             unpruned = quantized_dense(job, before)
     finally:
-        shutil.rmtree(out / ".lowered", ignore_errors=True)
-        for leftover in out.glob(".attempt*"):
+        for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered"):
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.rmtree(out / ".floor", ignore_errors=True)
     report = compose(job, traced, outcome, accuracy, held, clock, unpruned)
+    report = msgspec.structs.replace(report, precision_choices=choices)
     write_run(job, traced, outcome, artefacts, report)
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a run knows before it has a latency table."""
+
+    request: RunRequest
+    traced: Traced
+    images: Images
+    candidates: Mapping[str, tuple[int, ...]]
+    out: Path
+    dense_path: Path
+    dense_ns: float
+    clock: Clock
+    progress: Progress
+
+
+def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tuple[PrecisionChoice, ...], Scores | None]:
+    """The job at the precision that was asked for; of several, the one that is predicted to lose least at the budget.
+
+    Raises:
+        BudgetError: no precision reaches the budget; that of the one with the lowest floor.
+    """
+    if len(targets) == 1:
+        return open_job(begin, targets[0]), (), None
+    jobs: list[loop.Job] = []
+    refused: dict[Precision, BudgetError] = {}
+    for target in targets:
+        try:
+            jobs.append(open_job(begin, target))
+        except BudgetError as error:
+            refused[target.profile.precision] = error
+    if not jobs:
+        raise min(refused.values(), key=lambda error: error.smallest_budget_ns)
+    with begin.clock.step("prune"):
+        job, lost, first = loop.choose(jobs)
+    found = {job.target.profile.precision: share for job, share in zip(jobs, lost, strict=True)} | dict.fromkeys(refused)
+    return job, tuple(PrecisionChoice(precision=name, distortion=share) for name, share in found.items()), first
+
+
+def open_job(begin: Beginning, target: Target) -> loop.Job:
+    """Everything up to pruning at one precision: the table, and the floor measured.
+
+    Raises:
+        BudgetError: the budget is under the floor.
+    """
+    request, clock, program = begin.request, begin.clock, begin.traced.program
+    exact_ns = request.budget.latency_ns
+    lowered = None
+    if target.profile.precision != "fp32":
+        with clock.step("lower precision"):
+            lowered = lower_dense(request, target, begin.traced, begin.images, begin.dense_path, begin.out, begin.progress)
+    with clock.step("table"):
+        in_float = lowered.how.keep_float if lowered else ()
+        table = latency_table(target, program, begin.candidates, request.seed, begin.dense_ns, begin.progress, in_float)
+        candidates = table.model.far_edges(begin.candidates, {group.name: group.width for group in program.groups})
+    job = loop.Job(
+        request=request,
+        target=target,
+        program=program,
+        images=begin.images,
+        candidates=candidates,
+        table=table,
+        dense_path=begin.dense_path,
+        dense_ns=begin.dense_ns,
+        folder=begin.out,
+        budget=exact_ns / begin.dense_ns if exact_ns else request.budget.ratio,
+        exact_ns=exact_ns,
+        progress=begin.progress,
+        memory=memory_of(program),
+        lowered=lowered,
+    )
+    if exact_ns:
+        job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, begin.dense_ns))
+    if request.budget.unlimited:
+        return job
+    with clock.step("floor"):
+        return dataclasses.replace(job, floor=loop.check_floor(job))
 
 
 def clear(out: Path) -> None:
