@@ -182,7 +182,9 @@ def test_the_doctor_answers_in_json(call: Call) -> None:
     assert found.code == 0 and facts["machine"]["cores"] == str(local.facts().cores)
     simulated = {"simulated-cpu", "simulated-gpu", "simulated-npu"}
     measured = "epyc-avx512-onnxruntime"
-    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino", measured} | simulated
+    engines = {"tensorrt", "tensorrt-rtx"}
+    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino", measured} | simulated | engines
+    assert all("builds engines" in facts["profiles"][name] or "runtime missing" in facts["profiles"][name] for name in engines)
     assert all(facts["profiles"][name] == "ready" for name in simulated)
     assert facts["profiles"][measured] == "ready" or "measured on another device: " in facts["profiles"][measured]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from widths import FORMS, form
 from toolkit import backends
 from toolkit.backends import KernelSample
 from toolkit.errors import TableError
+from toolkit.export import RoughInt8
 from toolkit.latency import ambiguous_forms, choose_probe_widths, solve
 from toolkit.latency.sites import Site, attribute, find_sites
-from toolkit.latency.variants import VariantMaker
+from toolkit.latency.variants import BLOB, VariantMaker
 from toolkit.schema import DimForm
 
 pytestmark = pytest.mark.slow
@@ -122,6 +124,30 @@ def test_all_profiled_time_is_attributed(runtime: str, maker: VariantMaker, tmp_
         assert sum(len(time.kernels.split()) for time in times) == len(kernels)
         assert sorted(site for time in times for site in time.sites) == list(range(len(sites)))  # each in one span
         assert all(time.kernels for time in times if any(sites[site].kind == "Conv" for site in time.sites))
+
+
+@pytest.mark.parametrize("runtime", backends.RUNTIMES)
+def test_all_profiled_time_of_integer_kernels_is_attributed(runtime: str, maker: VariantMaker, tmp_path: Path) -> None:
+    lowered = replace(maker, finish=RoughInt8(runtime))
+    sites = find_sites(lowered, "int8")
+    backend = backends.get(runtime)
+    for widths in ({"a": 24, "b": 32, "c": 40, "p": 16}, {"a": 6, "b": 18, "c": 9, "p": 4}):
+        path = lowered.write(widths, tmp_path)
+        assert not (tmp_path / BLOB).exists()
+        assert "int8" in backend.open(path, threads=1, precision="int8").executed_precision()[0]
+        times, lost = attribute(backend.profile(path, threads=1, precision="int8", runs=4), sites)
+        assert lost == 0
+        weighted = {i for i, site in enumerate(sites) if site.kind in ("Conv", "DepthwiseConv", "Gemm")}
+        assert sum(len(weighted.intersection(time.sites)) for time in times) == len(weighted)
+        assert max(len(weighted.intersection(time.sites)) for time in times) == 1  # no kernel swallows another's place
+
+
+def test_layers_in_float_are_other_kernels_to_a_table(maker: VariantMaker) -> None:
+    name = next(site.name for site in find_sites(maker, "int8") if site.kind == "Conv")
+    before = {site.name: site.key for site in find_sites(maker, "int8")}
+    after = {site.name: site.key for site in find_sites(replace(maker, in_float=frozenset({name})), "int8")}
+    assert {site for site in before if before[site] != after[site]} == {name}
+    assert after[name].endswith("fp32") and before[name].endswith("int8")
 
 
 def test_rows_of_a_matrix_and_groups_of_a_convolution_tell_kernels_apart() -> None:

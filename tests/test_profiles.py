@@ -38,12 +38,13 @@ def own_profile(folder: Path, **changes: object) -> Path:
 
 
 def test_the_bundled_profiles_are_named_after_their_folders() -> None:
-    simulated = ["simulated-cpu", "simulated-gpu", "simulated-npu"]
-    assert [profile.id for profile in profiles.list_profiles()] == [MEASURED, "local-onnxruntime", "local-openvino", *simulated]
+    others = ["simulated-cpu", "simulated-gpu", "simulated-npu", "tensorrt", "tensorrt-rtx"]
+    assert [profile.id for profile in profiles.list_profiles()] == [MEASURED, "local-onnxruntime", "local-openvino", *others]
     for profile in profiles.list_profiles():
         assert profiles.load(profile.id) == profile
         assert profiles.load(str(HW_PROFILES / profile.id)) == profile
-        assert profile.threads == 1 and profile.device == (profile.id if profile.simulation else "local")
+        device = profile.id if profile.simulation else "nvidia-gpu" if profile.format == "tensorrt" else "local"
+        assert profile.threads == 1 and profile.device == device
 
 
 def test_a_path_is_a_folder_or_its_file(tmp_path: Path) -> None:
@@ -147,7 +148,9 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 def test_tables_of_different_fingerprints_are_in_different_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
-    prints: list[Fingerprint] = [profiles.fingerprint(profile, "1.0") for profile in profiles.list_profiles()]
+    prints: list[Fingerprint] = [
+        profiles.fingerprint(profile, "1.0") for profile in profiles.list_profiles() if profile.format != "tensorrt"
+    ]
     folders = {profiles.table_dir(print_) for print_ in prints}
     assert len(folders) == 5
     assert all(tmp_path in folder.parents for folder in folders)
@@ -165,5 +168,5 @@ def test_profiles_are_found_wherever_the_package_lies(tmp_path: Path, monkeypatc
     monkeypatch.delitem(sys.modules, "hw_profiles", raising=False)
     simulated = [f"simulated-{kind}" for kind in ("cpu", "gpu", "npu")]
     found = [profile.id for profile in profiles.list_profiles()]
-    assert found == [MEASURED, "extra", "local-onnxruntime", "local-openvino", *simulated]
+    assert found == [MEASURED, "extra", "local-onnxruntime", "local-openvino", *simulated, "tensorrt", "tensorrt-rtx"]
     assert isinstance(profiles.load("extra"), Profile)

@@ -73,6 +73,23 @@ def test_a_run_is_verified_from_outside(finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
+def test_left_to_itself_the_precision_is_the_one_that_loses_less(finished, shared_cache, monkeypatch) -> None:
+    """At a quarter of the dense latency eight bits and a little pruning beat pruning alone, tables and verdict included."""
+    monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
+    wanted = msgspec.structs.replace(request(finished / "auto", "0.25x"), precision="auto", profile="local-openvino")
+    report = until_met(wanted)
+    assert (report.verdict, report.precision) == ("met", "int8")
+    lost = {choice.precision: choice.distortion for choice in report.precision_choices}
+    assert set(lost) == {"fp32", "int8"} and (lost["fp32"] is None or lost["int8"] < lost["fp32"])
+    alone, found = report.quantized_dense, report.quantization
+    assert alone is not None and found is not None and alone.ratio < 1 and found.layers > 0
+    assert report.accuracy_pruned >= report.accuracy_dense - 0.02
+    code, text = verify(finished / "auto")
+    assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
+
+
+@pytest.mark.slow
+@pytest.mark.timed
 def test_without_a_budget_only_what_does_no_harm_goes(finished) -> None:
     report = load_json(Report, finished / "free" / "report.json")
     assert (report.verdict, report.budget, report.critical_removed) == ("met", "none", 0)

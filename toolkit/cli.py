@@ -664,7 +664,9 @@ def examine() -> dict[str, dict[str, str]]:
 
     def usable(profile: Profile) -> str:
         if not profile.simulation and not util.find_spec(profile.runtime):
-            return f'runtime missing; python -m pip install "edgekit[{profile.runtime}]"'
+            return f'runtime missing; python -m pip install "edgekit[{profile.runtime.replace("_", "-")}]"'
+        if profile.format == "tensorrt":
+            return "builds engines, runs none"
         elsewhere = known.measured_on(profile.id)
         return f"measured on another device: {elsewhere}" if elsewhere not in ("", facts.cpu) else "ready"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,16 @@ def to_onnx(program: Program, batch: int = 1, opset: int = OPSET) -> Any:
     return checked_opset(simplified(model), opset)
 
 
+def weights_bytes(model: Any) -> int:
+    """Bytes of a model's constants; protobuf's own count fails above its limit."""
+    from onnx import helper
+
+    return sum(math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer)
+
+
 def simplified(model: Any) -> Any:
     """onnxsim's result where it has fewer nodes, else the model as it is."""
-    if model.ByteSize() > EXTERNAL_BYTES // 4:  # onnxsim copies the whole model several times
+    if weights_bytes(model) > EXTERNAL_BYTES // 4:  # onnxsim copies the whole model several times
         return model
     import onnxsim
 
@@ -85,7 +93,7 @@ def save_onnx(model: Any, path: Path, metadata: dict[str, str]) -> None:
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    large = model.ByteSize() > EXTERNAL_BYTES
+    large = weights_bytes(model) > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=large, location=path.name + ".data" if large else None)
     if large:  # saving has put the weights out of the model
         onnx.load_external_data_for_model(model, str(path.parent))

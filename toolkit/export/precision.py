@@ -15,7 +15,7 @@ from calibration.quantize import RangeMethod
 from toolkit.backends import Backend
 from toolkit.backends.base import shorten
 from toolkit.errors import DataError, ModelError
-from toolkit.export.onnx_ import EXTERNAL_BYTES, save_onnx
+from toolkit.export.onnx_ import EXTERNAL_BYTES, save_onnx, weights_bytes
 from toolkit.schema import FloatLayer, Quantization
 
 Array = np.ndarray[Any, Any]
@@ -213,6 +213,6 @@ def expected_drop(found: Array, dense: Array) -> float:
 
 
 def refuse_large(model: Any, precision: str) -> None:
-    if model.ByteSize() > EXTERNAL_BYTES:
-        message = f"This model has {model.ByteSize() / 1e9:.1f} GB; protobuf ends at 2 GB, and so do the {precision} converters."
+    if (size := weights_bytes(model)) > EXTERNAL_BYTES:
+        message = f"This model has {size / 1e9:.1f} GB; protobuf ends at 2 GB, and so do the {precision} converters."
         raise ModelError(message, "Run it again with --precision fp32.")

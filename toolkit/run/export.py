@@ -226,11 +226,13 @@ def timed(made: Exported, source: Source, wanted: Wanted, folder: Path, progress
         paths.append(folder / f"all_int8{suffix}")
     found = benches.benchmark(made.profile, paths, progress=progress)
     reasons = tuple(dict.fromkeys(r for m in found.measurements for r in m.invalid_reasons))
+    said = [f"the latency is not valid: {reason}" for reason in reasons]
+    if found.ratios[0].ci95[1] >= 1:
+        said.append(
+            f"int8 is not faster than fp32 in {made.profile.runtime}: what it cannot fuse goes back and forth between the two"
+        )
     return msgspec.structs.replace(
-        made,
-        ratios=found.ratios,
-        fp32_ns=found.measurements[0].latency_ns,
-        notes=(*made.notes, *(f"the latency is not valid: {reason}" for reason in reasons)),
+        made, ratios=found.ratios, fp32_ns=found.measurements[0].latency_ns, notes=(*made.notes, *said)
     )
 
 
