@@ -38,15 +38,20 @@ class Recipe:
     signed: bool
     quantize_bias: bool
     outputs: bool
+    transposed: bool  # whether transposed convolutions have an integer kernel
     joining: tuple[str, ...]
 
 
 RECIPES: Mapping[str, Recipe] = {
     "onnxruntime": Recipe(
-        signed=False, quantize_bias=True, outputs=True, joining=("Add", "Concat", "GlobalAveragePool", "AveragePool", *PASSING)
+        signed=False,
+        quantize_bias=True,
+        outputs=True,
+        transposed=False,
+        joining=("Add", "Concat", "GlobalAveragePool", "AveragePool", *PASSING),
     ),
-    "openvino": Recipe(signed=False, quantize_bias=False, outputs=False, joining=("Add",)),
-    "tensorrt": Recipe(signed=True, quantize_bias=False, outputs=False, joining=()),
+    "openvino": Recipe(signed=False, quantize_bias=False, outputs=False, transposed=True, joining=("Add",)),
+    "tensorrt": Recipe(signed=True, quantize_bias=False, outputs=False, transposed=True, joining=()),
 }
 
 
@@ -74,30 +79,52 @@ def prepared(model: Any) -> Any:
         ready = save_and_reload_model_with_shape_infer(copy.deepcopy(model))
     except Exception as error:
         raise DataProblem(f"onnx cannot infer the shapes of this model: {error}.", "Check it with onnx.checker.") from error
-    taken: set[str] = set()
-    for index, node in enumerate(ready.graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
-        taken.add(node.name)
+    _name_apart(ready.graph)
     if not any(entry.key == "onnx.infer" for entry in ready.metadata_props):
         add_infer_metadata(ready)
     return ready
 
 
+def _name_apart(graph: Any) -> None:
+    """Every node a name of its own; no constant called as onnxruntime's quantizer would call a scale of another tensor."""
+    taken = {node.name for node in graph.node if node.name}
+    seen: set[str] = set()
+    for index, node in enumerate(graph.node):
+        if not node.name or node.name in seen:
+            name = f"{node.op_type}_{index}"
+            while name in taken:
+                name += "_"
+            node.name = name
+        taken.add(node.name)
+        seen.add(node.name)
+    tensors = {name for node in graph.node for name in (*node.input, *node.output)}
+    clashing = {
+        tensor.name: f"{tensor.name}_of_the_file"
+        for tensor in graph.initializer
+        for end in ("_scale", "_zero_point", "_quantized")
+        if tensor.name.endswith(end) and tensor.name.removesuffix(end) in tensors
+    }
+    for tensor in graph.initializer:
+        tensor.name = clashing.get(tensor.name, tensor.name)
+    for node in graph.node:
+        node.input[:] = [clashing.get(name, name) for name in node.input]
+
+
 def layers(model: Any, recipe: Recipe) -> tuple[str, ...]:
     """The nodes of a prepared model that may run in integers, in order: those with weights, and what joins their results."""
-    constant = {tensor.name for tensor in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constant = set(constants)
     integer: set[str] = set()  # tensors that convolutions made, and what joining operators made of them
     found = []
     for node in model.graph.node:
         activations = [name for name in node.input if name and name not in constant]
         if node.op_type in WEIGHTED:
-            if node.input[1] not in constant:
-                continue  # a product of activations stays in float
+            if not _has_integer_kernel(node, constants, recipe):
+                continue
             found.append(node.name)
             if node.op_type in ("Conv", "ConvTranspose"):
                 integer.update(node.output)
-        elif activations and integer.issuperset(activations) and node.op_type in (*recipe.joining, *PASSING):
+        elif activations and integer.issuperset(activations) and _joins(node, constants, recipe):
             if node.op_type in recipe.joining:
                 found.append(node.name)
             integer.update(node.output)
@@ -116,6 +143,36 @@ def activations(model: Any, recipe: Recipe) -> dict[str, Any]:
     }
     names = (name for node in model.graph.node if node.name in chosen for name in (*node.input, *node.output))
     return {name: floats[name] for name in names if name in floats and name not in constant}
+
+
+def _has_integer_kernel(node: Any, constants: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a node with weights can be quantized right; products of activations stay in float."""
+    weight = constants.get(node.input[1])
+    if weight is None:
+        return False
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "MatMul":
+        return len(weight.dims) == 2  # of more axes the quantizer takes a wrong one for the channels
+    if node.op_type == "Gemm":  # it would drop the factors
+        return all(attributes[name].f == 1.0 for name in ("alpha", "beta") if name in attributes)
+    if node.op_type == "ConvTranspose":
+        return recipe.transposed and ("group" not in attributes or attributes["group"].i == 1)
+    return True
+
+
+def _joins(node: Any, constants: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a node hands integers on. The quantizer drops a Clip for the range of its integers, which always has zero in it."""
+    from onnx import numpy_helper
+
+    if node.op_type not in (*recipe.joining, *PASSING):
+        return False
+    if node.op_type != "Clip":
+        return True
+    if any(name not in constants for name in node.input[1:] if name):
+        return False
+    bounds = [constants[name] for name in node.input[1:] if name]
+    low, high = [*(float(numpy_helper.to_array(bound)) for bound in bounds), float("inf")][:2] if bounds else (0.0, 0.0)
+    return low <= 0 <= high
 
 
 def observe(model: Any, inputs: Iterable[npt.NDArray[Any]], recipe: Recipe) -> Observed:
@@ -145,7 +202,8 @@ def observe(model: Any, inputs: Iterable[npt.NDArray[Any]], recipe: Recipe) -> O
         seen += len(batch)
         if entrance in observers:
             observers[entrance].update(batch)
-        for name, value in zip(names, session.run(names, {entrance: batch}), strict=True):
+        found = session.run(names, {entrance: batch}) if names else []  # of no names it would run all
+        for name, value in zip(names, found, strict=True):
             observers[name].update(value)
     if not seen:
         raise DataProblem("There are no calibration images.", "Give --data.")
@@ -214,6 +272,7 @@ def _quantize_added_biases(model: Any) -> None:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     made: list[Any] = []
+    replaced: list[Any] = []
     for node in graph.node:
         sources = [producers.get(name) for name in node.input]
         if node.op_type != "MatMul" or any(s is None or s.op_type != "DequantizeLinear" for s in sources):
@@ -248,12 +307,15 @@ def _quantize_added_biases(model: Any) -> None:
         )
         add.input[place] = f"{name}_dequantized"
         made.append(dequantize)
+        if bias not in replaced:
+            replaced.append(bias)
     everything = [*made, *graph.node]
     del graph.node[:]
     graph.node.extend(everything)
     used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+    for bias in replaced:
+        if bias.name not in used:
+            graph.initializer.remove(bias)
 
 
 __all__ = ["METHODS", "RECIPES", "Observed", "Recipe", "activations", "layers", "observe", "prepared", "quantize"]

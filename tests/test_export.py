@@ -130,7 +130,7 @@ def test_files_that_cannot_be_used_are_named_and_leave_nothing(tmp_path: Path) -
     for words, path in broken_files(tmp_path).items():
         with pytest.raises(ModelError, match=words):
             export(ExportRequest(model=str(path), out=str(tmp_path / "out")), quiet)
-        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_large_model_keeps_its_weights_beside_it_and_is_not_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +247,45 @@ def test_the_expected_drop_is_the_probability_given_away() -> None:
     assert expected_drop(other, np.log(p)) == pytest.approx(100 * (0.5 - 0.4) / 2)
 
 
+def test_probabilities_are_taken_as_they_are_and_scores_as_their_logarithms() -> None:
+    p = np.random.default_rng(0).dirichlet(np.full(50, 0.05), 200)
+    shuffled = p[:, np.random.default_rng(1).permutation(50)]
+    assert expected_drop(shuffled, p) == pytest.approx(expected_drop(np.log(shuffled + 1e-30), np.log(p + 1e-30)), rel=1e-6)
+    assert expected_drop(shuffled, p) > 30
+
+
+def test_a_drop_that_only_float_keeps_is_an_answer_and_not_a_file() -> None:
+    with pytest.raises(ModelError, match="No choice of layers in int8"):
+        to_int8(exported(Fragile()), how(images(64), max_drop=-1.0), quiet)
+
+
+def test_an_old_opset_is_refused_with_the_way_out() -> None:
+    model = exported(Block())
+    model.opset_import[0].version = 12
+    with pytest.raises(ModelError, match=r"opset 13.*has 12.*--opset 20"):
+        to_int8(model, how(images()), quiet)
+
+
+def test_other_results_are_not_overwritten(tmp_path: Path) -> None:
+    path = saved(exported(Block()), tmp_path / "model.onnx")
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="where .* itself lies"):
+        export(ExportRequest(model=str(path), out=str(tmp_path)), quiet)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="finished run"):
+        export(ExportRequest(model=str(path), out=str(tmp_path / "run")), quiet)
+    assert path.read_bytes() == before
+    made = ExportRequest(model=str(path), out=str(tmp_path / "out"), profile="local-openvino")
+    export(made, quiet)
+    export(ExportRequest(model=str(path), out=str(tmp_path / "out")), quiet)
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["export.json", "model.onnx"]
+
+
 def test_requests_that_contradict_themselves_are_refused(tmp_path: Path, folder_of_images: Path) -> None:
     path = saved(exported(Block()), tmp_path / "net.onnx")
-    asked = ExportRequest(model=str(path), out=str(tmp_path / "out"))
+    plain = Preprocess(input=(1, 3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
+    asked = ExportRequest(model=str(path), out=str(tmp_path / "out"), preprocess=plain)
     for changes, words in (
         ({"precision": "int8"}, "--data"),
         ({"precision": "int8", "data": str(folder_of_images), "samples": 4}, "too few"),
@@ -258,6 +294,8 @@ def test_requests_that_contradict_themselves_are_refused(tmp_path: Path, folder_
         ({"compute_capability": "8.6"}, "--compute-capability is of TensorRT"),
         ({"precision": "int8", "profile": "simulated-cpu"}, "simulated"),
         ({"weights": "w.safetensors"}, "has its weights in it"),
+        ({"precision": "int8", "data": str(folder_of_images), "preprocess": None}, "how its images are normalized"),
+        ({"precision": "int8", "data": str(folder_of_images), "keep_float": ("conv9",)}, "conv9 is no layer.*Choose of"),
     ):
         fields = {name: getattr(asked, name) for name in asked.__struct_fields__}
         with pytest.raises(EdgekitError, match=words):
@@ -317,7 +355,7 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.engine")) and not list(tmp_path.glob(".*"))
     engine = tmp_path / "net.engine"
     tensorrt_.build("tensorrt_rtx", path, engine, compute_capability="8.6")
-    with pytest.raises(MissingError, match=r"trtexec --loadEngine=\S+net.engine"):
+    with pytest.raises(MissingError, match=r"tensorrt_rtx --loadEngine=\S+net.engine"):
         backends.get("tensorrt_rtx").open(engine, threads=1, precision="fp32")
 
 
@@ -326,6 +364,18 @@ def test_a_runtime_that_is_not_there_names_its_installation(monkeypatch: pytest.
     path = saved(exported(Block()), tmp_path / "net.onnx")
     with pytest.raises(MissingError, match=r"edgekit\[tensorrt\].*JetPack"):
         tensorrt_.build("tensorrt", path, tmp_path / "net.engine")
+
+
+def test_without_its_runtime_a_checked_file_and_the_command_are_delivered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    path = saved(exported(Block()), tmp_path / "net.onnx")
+    asked = ExportRequest(model=str(path), out=str(tmp_path / "out"), profile="tensorrt", precision="fp16")
+    with pytest.raises(MissingError, match=rf"trtexec --onnx={tmp_path}/out/model.onnx"):
+        export(asked, quiet)
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["model.onnx"]
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"))
 
 
 LOG = """[11/23/2026-10:00:00] [I] === Performance summary ===

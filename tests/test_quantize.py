@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import calibration
@@ -195,3 +195,81 @@ def test_no_images_and_activations_that_are_no_numbers_are_problems() -> None:
         calibration.observe(ready, [], RECIPES["onnxruntime"])
     with pytest.raises(calibration.DataProblem, match="NaN or infinite"):
         calibration.observe(ready, [np.full((1, 3, 8, 8), np.inf, np.float32)], RECIPES["onnxruntime"])
+
+
+def made_of(nodes: list[Any], constants: dict[str, Any], shape: tuple[int, ...], opset: int = 20) -> Any:
+    """A network from x to y of these nodes."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    tensors = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    )
+
+
+def node(op: str, inputs: str, output: str, **attributes: Any) -> Any:
+    return helper.make_node(op, inputs.split(), [output], **attributes)
+
+
+def odd_networks() -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """What onnxruntime's quantizer gets wrong: factors of a Gemm, a Clip without zero, axes of a weight, names like its own."""
+    g = np.random.default_rng(0)
+    conv, three, wide = g.standard_normal((4, 3, 3, 3)), g.standard_normal((2, 6, 6)), g.standard_normal((8, 5))
+    up = g.standard_normal((4, 2, 2, 2))
+    pads = {"pads": [1, 1, 1, 1]}
+    return {
+        "gemm with factors": (
+            made_of([node("Gemm", "x w b", "y", alpha=2.0, beta=0.1)], {"w": wide, "b": 50 * g.standard_normal(5)}, (1, 8)),
+            (1, 8),
+        ),
+        "clip without zero": (
+            made_of(
+                [node("Conv", "x w", "c", **pads), node("Clip", "c low high", "y")],
+                {"w": conv, "low": 1, "high": 2},
+                (1, 3, 6, 6),
+            ),
+            (1, 3, 6, 6),
+        ),
+        "weight of three axes": (made_of([node("MatMul", "x w", "y")], {"w": three}, (2, 4, 6)), (2, 4, 6)),
+        "grouped transposed convolution": (
+            made_of([node("ConvTranspose", "x w b", "y", group=2)], {"w": up, "b": g.standard_normal(4)}, (1, 4, 5, 5)),
+            (1, 4, 5, 5),
+        ),
+        "a constant called as a scale": (
+            made_of(
+                [node("Conv", "x w", "c1", **pads), node("Mul", "c1 c1_scale", "m"), node("Conv", "m v", "y", **pads)],
+                {"w": conv, "v": g.standard_normal((2, 4, 3, 3)), "c1_scale": 3.0 * np.ones((1, 4, 1, 1))},
+                (1, 3, 6, 6),
+            ),
+            (1, 3, 6, 6),
+        ),
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", odd_networks())
+def test_what_the_quantizer_gets_wrong_stays_in_float(name: str, recipe: str) -> None:
+    model, shape = odd_networks()[name]
+    inputs = np.random.default_rng(1).standard_normal((12, *shape), np.float32)
+    ready = calibration.prepared(model)
+    seen = calibration.observe(ready, list(inputs), RECIPES[recipe])
+    made = calibration.quantize(ready, seen.ranges("minmax", RECIPES[recipe].signed), RECIPES[recipe])
+
+    def outputs(of: Any) -> Any:
+        session = onnxruntime.InferenceSession(of.SerializeToString(), providers=["CPUExecutionProvider"])
+        return np.stack([session.run(None, {"x": x})[0] for x in inputs])
+
+    dense, found = outputs(model), outputs(made)
+    assert ((found - dense) ** 2).sum() <= 0.01 * ((dense - dense.mean(0)) ** 2).sum()
+
+
+def test_every_node_gets_a_name_of_its_own() -> None:
+    same = [
+        node("Relu", "x", "a"),
+        node("Relu", "a", "b", name="Relu_2"),
+        node("Relu", "b", "c"),
+        node("Relu", "c", "y", name="Relu_2"),
+    ]
+    names = [each.name for each in calibration.prepared(made_of(same, {}, (1, 3))).graph.node]
+    assert len(set(names)) == len(names) and all(names)

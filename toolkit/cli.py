@@ -529,7 +529,7 @@ def bench(
 @click.argument("model")
 @weights_option
 @profile_option
-@out_option("edgekit-out")
+@out_option("edgekit-export")
 @input_options
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Default: the profile's.")
 @click.option("--data", default="", help="Calibration images, as for `run`; int8 needs them.")

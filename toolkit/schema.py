@@ -409,6 +409,7 @@ class Quantization(Record, frozen=True, kw_only=True):
     agreement: float  # share of images with the same top-1
     expected_drop: float  # points of accuracy, by the fp32 network's own probabilities
     max_drop: float  # what was allowed
+    judged_by: Literal["probabilities", "variance"] = "probabilities"  # variance: no classes; the drop is 100 x distortion
     distortion_by_ranges: dict[str, float] = {}
 
 
@@ -645,6 +646,7 @@ class PrecisionChoice(Record, frozen=True, kw_only=True):
 
     precision: Precision
     distortion: float | None
+    reason: str = ""  # why it is out of reach
 
 
 class KernelTime(Record, frozen=True, kw_only=True):

@@ -39,7 +39,7 @@ class TensorRt:
     def _refuse(self, path: Path) -> NoReturn:
         raise MissingError(
             f"{path} runs on the GPU that it is for; edgekit builds engines and has never run one.",
-            f"On the device, run: {trtexec.text(trtexec.time_engine(path))}",
+            f"On the device, run: {trtexec.text(trtexec.time_engine(path, trtexec.PROGRAMS[self.name]))}",
         )
 
 
@@ -71,7 +71,7 @@ def build(
     try:
         builder = trt.Builder(said.logger)
     except Exception as error:  # tensorrt itself asks for a CUDA device first
-        raise MissingError(f"{runtime} cannot build here: {said.last() or error}.", _elsewhere(onnx_path)) from None
+        raise MissingError(f"{runtime} cannot build here: {said.last() or error}.", _elsewhere(runtime, onnx_path)) from None
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # tensorrt 11 has no other networks
     network = builder.create_network(1 << int(typed) if typed is not None else 0)
     parser = trt.OnnxParser(network, said.logger)
@@ -83,12 +83,15 @@ def build(
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what the file says
     if compute_capability:
         _set_capability(trt, config, compute_capability)
     cache = _timing_cache(runtime, config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ModelError(f"{runtime} cannot build an engine from {onnx_path}: {_short(said.last())}.", _elsewhere(onnx_path))
+        raise ModelError(
+            f"{runtime} cannot build an engine from {onnx_path}: {_short(said.last())}.", _elsewhere(runtime, onnx_path)
+        )
     if cache is not None and timing_cache is not None:
         _write(timing_cache, bytes(config.get_timing_cache().serialize()))
     _write(engine_path, bytes(engine))
@@ -153,12 +156,14 @@ def _timing_cache(runtime: str, config: Any, path: Path | None) -> Any:
     if path is None or runtime == "tensorrt_rtx":
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None:
+        raise UsageError(f"{path} is no timing cache of this TensorRT.", "Remove it and run it again.")
     config.set_timing_cache(cache, False)
     return cache
 
 
-def _elsewhere(onnx_path: Path) -> str:
-    return f"On the device, run: {trtexec.text(trtexec.build_engine(onnx_path))}"
+def _elsewhere(runtime: str, onnx_path: Path) -> str:
+    return f"On the device, run: {trtexec.text(trtexec.build_engine(onnx_path, program=trtexec.PROGRAMS[runtime]))}"
 
 
 def _short(text: str, limit: int = 400) -> str:

@@ -31,10 +31,13 @@ class Timed:
     median_ns: float
 
 
-def build_engine(onnx_path: Path, timing_cache: str = "timing.cache") -> list[str]:
+PROGRAMS = {"tensorrt": "trtexec", "tensorrt_rtx": "tensorrt_rtx"}  # by runtime; they take the same options
+
+
+def build_engine(onnx_path: Path, timing_cache: str = "timing.cache", program: str = "trtexec") -> list[str]:
     """Build an engine beside the ONNX file, on the device: the file's own precision, every layer's details kept."""
     return [
-        "trtexec",
+        program,
         f"--onnx={onnx_path}",
         f"--saveEngine={onnx_path.with_suffix('.engine')}",
         "--stronglyTyped",
@@ -44,10 +47,10 @@ def build_engine(onnx_path: Path, timing_cache: str = "timing.cache") -> list[st
     ]
 
 
-def time_engine(engine_path: Path) -> list[str]:
+def time_engine(engine_path: Path, program: str = "trtexec") -> list[str]:
     """Time an engine on the device: every inference into `times.json`, every layer into `layers.json`."""
     return [
-        "trtexec",
+        program,
         f"--loadEngine={engine_path}",
         "--noDataTransfers",
         "--useSpinWait",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,14 @@ import calibration
 from calibration.quantize import RangeMethod
 from toolkit.backends import Backend
 from toolkit.backends.base import shorten
-from toolkit.errors import DataError, ModelError
-from toolkit.export.onnx_ import EXTERNAL_BYTES, save_onnx, weights_bytes
+from toolkit.errors import DataError, ModelError, UsageError
+from toolkit.export.onnx_ import EXTERNAL_BYTES, opset_of, save_onnx, weights_bytes
 from toolkit.schema import FloatLayer, Quantization
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[str, float, float], None]
 JUDGED_IMAGES = 32  # that one layer's cost is measured on
+LEAST_OPSET = 13
 RANGES: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 
 
@@ -64,10 +66,13 @@ def to_fp16(model: Any) -> Any:
     Raises:
         ModelError: the converter refuses; its own words.
     """
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     try:
-        return convert_float_to_float16(model, keep_io_types=True)
+        made = ONNXModel(convert_float_to_float16(model, keep_io_types=True))
+        made.topological_sort()  # its casts stand at the end
+        return made.model
     except Exception as error:
         message = f"onnxruntime cannot convert this model to fp16: {shorten(error)}."
         raise ModelError(message, "Run it again with --precision fp32.") from None
@@ -81,6 +86,9 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         ModelError: onnxruntime's quantizer refuses; its own words.
     """
     recipe = calibration.RECIPES[how.recipe]
+    if opset_of(model) < LEAST_OPSET:
+        message = f"Scales by channel need opset {LEAST_OPSET}; this model has {opset_of(model)}."
+        raise ModelError(message, "Run it again with --opset 20.")
     try:
         ready = calibration.prepared(model)
         everything = [name for name in calibration.layers(ready, recipe) if name not in how.keep_float]
@@ -88,12 +96,21 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
             raise ModelError("No layer of this model can run in int8.", "Run it again with --precision fp16.")
         seen = calibration.observe(ready, counted(how.images, "activation ranges", progress), recipe)
         dense = outputs(model, how, how.images, "fp32 outputs", progress)
-        classes = len(model.graph.output) == 1 and len(model.graph.output[0].type.tensor_type.shape.dim) == 2
+        ranks = [len(value.type.tensor_type.shape.dim) for value in model.graph.output]
+        classes = ranks == [2] and dense.shape[1] > 1
+        unknown = [name for name in how.keep_float if name not in calibration.layers(ready, recipe)]
+        if unknown:
+            names = ", ".join(calibration.layers(ready, recipe))
+            raise UsageError(f"--keep-float {unknown[0]} is no layer of this model.", f"Choose of: {names}.")
         tried: dict[RangeMethod, Attempt] = {}
+
+        @cache
+        def ranges_by(method: RangeMethod) -> dict[str, tuple[float, float]]:
+            return seen.ranges(method, recipe.signed)
 
         def attempt(method: RangeMethod, kept: Collection[str]) -> Attempt:
             chosen = [name for name in everything if name not in kept]
-            made = calibration.quantize(ready, seen.ranges(method, recipe.signed), recipe, chosen)
+            made = calibration.quantize(ready, ranges_by(method), recipe, chosen)
             step = f"int8, {len(kept)} layers in float" if kept else f"int8, {method} ranges"
             found = outputs(made, how, how.images, step, progress)
             lost = distortion(found, dense)
@@ -106,13 +123,16 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         best = min(tried, key=lambda method: tried[method].distortion)
         chosen, costs = tried[best], dict[str, float]()
         if how.search and chosen.drop > how.max_drop:
-            costs = layer_costs(ready, seen.ranges(best, recipe.signed), recipe, everything, how, progress)
+            costs = layer_costs(ready, ranges_by(best), recipe, everything, how, progress)
             order, count = sorted(costs, key=lambda name: -costs[name]), 1
             while chosen.drop > how.max_drop and count <= len(order):
                 chosen = attempt(best, order[:count])
                 count = len(order) if count < len(order) < 2 * count else 2 * count
     except calibration.DataProblem as problem:
         raise DataError(problem.message, problem.hint) from problem
+    if len(chosen.kept) == len(everything):
+        message = f"No choice of layers in int8 keeps the expected drop under {how.max_drop:g} points."
+        raise ModelError(message, "Run it again with a larger --max-drop, or --precision fp16.")
     weighted = {node.name for node in ready.graph.node if node.op_type in calibration.WEIGHTED}.intersection(everything)
     return chosen.model, Quantization(
         recipe=how.recipe,
@@ -124,6 +144,7 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         agreement=chosen.agreement,
         expected_drop=chosen.drop,
         max_drop=how.max_drop,
+        judged_by="probabilities" if classes else "variance",
         distortion_by_ranges={str(method): each.distortion for method, each in tried.items()},
     )
 
@@ -139,6 +160,12 @@ class RoughInt8:
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def __call__(self, model: Any) -> Any:
+        try:
+            return self._quantized(model)
+        except calibration.DataProblem as problem:
+            raise ModelError(problem.message, problem.hint) from problem
+
+    def _quantized(self, model: Any) -> Any:
         ready = calibration.prepared(model)
         if not self._ranges.keys() >= calibration.activations(ready, self._recipe).keys():
             shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
@@ -176,7 +203,7 @@ def outputs(model: Any, how: Quantizing, images: Array, step: str, progress: Pro
         try:
             name = session.inputs[0].name
             batches = counted(images, step, progress) if step else (images[i : i + 1] for i in range(len(images)))
-            return np.stack([np.concatenate([o.reshape(-1) for o in session.run({name: x})]) for x in batches]).astype(np.float64)
+            return np.stack([np.concatenate([o.reshape(-1) for o in session.run({name: x})]) for x in batches])
         finally:
             session.close()
 
@@ -192,8 +219,9 @@ def counted(images: Array, step: str, progress: Progress) -> Any:
 
 def distortion(found: Array, dense: Array) -> float:
     """E|g - f|^2 / E|f - E f|^2 over images, as for widths."""
-    spread = float(((dense - dense.mean(0)) ** 2).sum())
-    return float(((found - dense) ** 2).sum()) / max(spread, 1e-30)
+    mean = dense.mean(0, dtype=np.float64)
+    spread = sum(float(np.square(row - mean).sum()) for row in dense)
+    return sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(found, dense, strict=True)) / max(spread, 1e-30)
 
 
 def agreement(found: Array, dense: Array) -> float:
@@ -205,9 +233,11 @@ def expected_drop(found: Array, dense: Array) -> float:
     """Points of accuracy lost, by the fp32 network's own probabilities: 100 E[p(its class) - p(the class chosen now)].
 
     Were those calibrated, this would be the drop itself; it needs no labels, and has far less noise than counting right answers.
+    Outputs that are probabilities already (not negative, of sum 1) are taken as they are, others as their logarithms.
     """
-    scores = np.exp(dense - dense.max(1, keepdims=True))
-    p = scores / scores.sum(1, keepdims=True)
+    scores = np.exp(dense.astype(np.float64) - dense.max(1, keepdims=True))
+    already = bool((dense >= 0).all() and np.allclose(dense.sum(1), 1, atol=1e-3))
+    p = dense if already else scores / scores.sum(1, keepdims=True)
     rows = np.arange(len(p))
     return 100 * float((p.max(1) - p[rows, found.argmax(1)]).mean())
 

@@ -81,10 +81,18 @@ def find_sites(maker: VariantMaker, precision: str) -> tuple[Site, ...]:
             [nodes[index] for index in indices],
             producer,
             sorted(followers.get(heavy, ())),
-            "fp32" if nodes[heavy].name in maker.in_float else precision,
+            _precision(maker, [nodes[index] for index in (heavy, *indices)], precision),
         )
         for heavy, indices in members.items()
     )
+
+
+def _precision(maker: VariantMaker, nodes: Sequence[Any], precision: str) -> str:
+    """Of a site whose first node is given first; what else of it stays in float makes it another kernel."""
+    floats = [node.op_type for node in nodes if node.name in maker.in_float]
+    if not floats:
+        return precision
+    return "fp32" if nodes[0].name in maker.in_float else f"{precision} but {'+'.join(floats)}"
 
 
 def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[list[SpanTime], float]:

@@ -21,8 +21,18 @@ import numpy as np
 
 from toolkit import bench as benches
 from toolkit import report as reports
-from toolkit.errors import BudgetError, UsageError
-from toolkit.export import Wanted, export_artefacts, from_program, save_onnx, save_program, save_weights, sha256, to_onnx
+from toolkit.errors import BudgetError, EdgekitError, UsageError
+from toolkit.export import (
+    Quantizing,
+    Wanted,
+    export_artefacts,
+    from_program,
+    save_onnx,
+    save_program,
+    save_weights,
+    sha256,
+    to_onnx,
+)
 from toolkit.graph import memory_of, unprunable
 from toolkit.latency import share_table
 from toolkit.prune import effects as causes
@@ -56,6 +66,7 @@ from toolkit.schema import (
     Precision,
     PrecisionChoice,
     Preprocess,
+    Quantization,
     QuantizedDense,
     Report,
     RunRequest,
@@ -107,6 +118,9 @@ def run(request: RunRequest, progress: Progress) -> Report:
     """
     if request.max_memory_bytes and request.budget.unlimited:
         raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
+    if request.max_memory_bytes and request.precision != "fp32":
+        message = "--max-memory counts a network in fp32, and says nothing of one in int8."
+        raise UsageError(message, "Run it again with --precision fp32, or without it.")
     if request.precision == "auto" and request.budget.unlimited:
         raise UsageError("Without a budget there is nothing to choose a precision by.", "Give one, or --precision int8.")
     clock, out = Clock(), Path(request.out)
@@ -169,23 +183,26 @@ def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tu
     """The job at the precision that was asked for; of several, the one that is predicted to lose least at the budget.
 
     Raises:
-        BudgetError: no precision reaches the budget; that of the one with the lowest floor.
+        EdgekitError: no precision can be pruned to the budget; that of the one with the lowest floor, where it has one.
     """
     if len(targets) == 1:
         return open_job(begin, targets[0]), (), None
     jobs: list[loop.Job] = []
-    refused: dict[Precision, BudgetError] = {}
+    refused: dict[Precision, EdgekitError] = {}
     for target in targets:
         try:
             jobs.append(open_job(begin, target))
-        except BudgetError as error:
+        except EdgekitError as error:
             refused[target.profile.precision] = error
     if not jobs:
-        raise min(refused.values(), key=lambda error: error.smallest_budget_ns)
+        raise min(refused.values(), key=lambda e: e.smallest_budget_ns if isinstance(e, BudgetError) else float("inf"))
+    jobs = [dataclasses.replace(job, budget=jobs[0].budget) for job in jobs]  # the same nanoseconds are the same share of dense
     with begin.clock.step("prune"):
         job, lost, first = loop.choose(jobs)
-    found = {job.target.profile.precision: share for job, share in zip(jobs, lost, strict=True)} | dict.fromkeys(refused)
-    return job, tuple(PrecisionChoice(precision=name, distortion=share) for name, share in found.items()), first
+    found = {each.target.profile.precision: share for each, share in zip(jobs, lost, strict=True)}
+    choices = [PrecisionChoice(precision=name, distortion=share) for name, share in found.items()]
+    choices += [PrecisionChoice(precision=name, distortion=None, reason=error.message) for name, error in refused.items()]
+    return job, tuple(choices), first
 
 
 def open_job(begin: Beginning, target: Target) -> loop.Job:
@@ -199,9 +216,9 @@ def open_job(begin: Beginning, target: Target) -> loop.Job:
     lowered = None
     if target.profile.precision != "fp32":
         with clock.step("lower precision"):
-            lowered = lower_dense(request, target, begin.traced, begin.images, begin.dense_path, begin.out, begin.progress)
+            lowered = lower_dense(begin, target)
     with clock.step("table"):
-        in_float = lowered.how.keep_float if lowered else ()
+        in_float = [layer.layer for layer in lowered[2].kept_float] if lowered else []
         table = latency_table(target, program, begin.candidates, request.seed, begin.dense_ns, begin.progress, in_float)
         candidates = table.model.far_edges(begin.candidates, {group.name: group.width for group in program.groups})
     job = loop.Job(
@@ -218,8 +235,11 @@ def open_job(begin: Beginning, target: Target) -> loop.Job:
         exact_ns=exact_ns,
         progress=begin.progress,
         memory=memory_of(program),
-        lowered=lowered,
     )
+    if lowered:
+        path, how, record = lowered
+        measured = loop.compare(job, path, job.dense_widths)
+        job = dataclasses.replace(job, lowered=loop.Lowered(path, measured, how, record))
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, begin.dense_ns))
     if request.budget.unlimited:
@@ -248,28 +268,22 @@ def export_dense(target: Target, traced: Traced, images: Images, out: Path, name
     return export_artefacts(from_program(traced.program), out, "dense", "dense", wanted, loop.parity_samples(images))
 
 
-def lower_dense(
-    request: RunRequest, target: Target, traced: Traced, images: Images, dense_path: Path, out: Path, progress: Progress
-) -> loop.Lowered:
-    """The unpruned network at the delivered precision, and how long it takes beside the dense one."""
-    folder = out / ".lowered"
+def lower_dense(begin: Beginning, target: Target) -> tuple[Path, Quantizing, Quantization]:
+    """The unpruned network at the target's precision: its file, how it came about, and what that did to its outputs."""
+    folder = begin.out / ".lowered"
     folder.mkdir(exist_ok=True)
     profile = target.profile
+    images = begin.images.calibration[:QUANTIZING_IMAGES]
+    how = quantizing_for(profile, target.backend, images, max_drop=begin.request.max_drop)
     wanted = Wanted(
-        backend=target.backend,
-        formats=target.formats,
-        precision=profile.precision,
-        threads=profile.threads,
-        quantizing=quantizing_for(profile, target.backend, images.calibration[:QUANTIZING_IMAGES], max_drop=request.max_drop),
+        backend=target.backend, formats=target.formats, precision=profile.precision, threads=profile.threads, quantizing=how
     )
-    samples = loop.parity_samples(images)
-    record = export_artefacts(from_program(traced.program), folder, "model", "dense", wanted, samples, progress)[0].quantization
-    assert record is not None and wanted.quantizing is not None
-    path = folder / f"model{target.artefact_suffix}"
-    measured = benches.compare(profile, dense_path, path, statistic=request.statistic, time_limit_s=45.0)
-    kept = tuple(layer.layer for layer in record.kept_float)
-    how = dataclasses.replace(wanted.quantizing, ranges=record.ranges, keep_float=kept, search=False)
-    return loop.Lowered(path, measured, how, record)
+    samples = loop.parity_samples(begin.images)
+    source = from_program(begin.traced.program)
+    record = export_artefacts(source, folder, "model", "dense", wanted, samples, begin.progress)[0].quantization
+    assert record is not None
+    how = dataclasses.replace(how, ranges=record.ranges, search=bool(record.kept_float))
+    return folder / f"model{target.artefact_suffix}", how, record
 
 
 def quantized_dense(job: loop.Job, dense: np.ndarray[Any, Any]) -> QuantizedDense | None:
@@ -359,7 +373,7 @@ def compose(
         seed=request.seed,
         environment=environment(job.target),
         command=command_of(request),
-        notes=notes(traced, outcome),
+        notes=notes(traced, outcome, job.lowered is not None),
     )
 
 
@@ -450,7 +464,7 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
     return tuple(found)
 
 
-def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
+def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ...]:
     effects = outcome.scores[0].effects
     intervened = sum(e.source == "intervention" for e in effects)
     return (
@@ -458,6 +472,7 @@ def notes(traced: Traced, outcome: loop.Outcome) -> tuple[str, ...]:
         f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
         f"Scores used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
         "Times by kernel come from the latency table, not from a profile of the delivered file.",
+        *(("Their dense is the unpruned network in int8; weights + activations are counted in fp32.",) if lowered else ()),
     )
 
 

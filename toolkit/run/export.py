@@ -16,12 +16,12 @@ import numpy as np
 import calibration
 from toolkit import backends, devices, profiles
 from toolkit import bench as benches
-from toolkit.backends import Backend
-from toolkit.errors import DataError, UsageError
+from toolkit.backends import Backend, trtexec
+from toolkit.errors import DataError, MissingError, ModelError, UsageError
 from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
 from toolkit.export.onnx_ import OPSET
 from toolkit.run.prepare import Progress, load_and_trace, transform_of
-from toolkit.schema import Artefact, Format, Precision, Preprocess, Profile, Ratio, Record, save_json
+from toolkit.schema import Artefact, Format, Precision, Preprocess, Profile, Ratio, Record, load_json, save_json
 
 RECIPES: Mapping[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # and TensorRT's for its engines
 LEAST_IMAGES = 8
@@ -84,28 +84,55 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     Raises:
         EdgekitError: with what was wrong and what to run next.
     """
-    place = find_place(request)
+    place, out = find_place(request), Path(request.out)
+    if (out / "manifest.json").exists():
+        raise UsageError(f"{out} holds a finished run, whose files this would replace.", "Give -o another folder.")
+    if Path(request.model).resolve().parent == out.resolve() and request.model.lower().endswith(".onnx"):
+        raise UsageError(f"{out} is where {request.model} itself lies.", "Give -o another folder.")
     progress("export", 0, 1)
     source, preprocess = open_source(request, place.profile)
     progress("export", 1, 1)
     images = load_calibration(request, place.profile.precision, preprocess, source, progress)
-    out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export") as staging:
         folder = Path(staging)
         wanted = wish(request, place, images)
         samples = {"random": np.random.default_rng(0).standard_normal(source.shape, np.float32)}
         samples |= {"real": images[:1]} if len(images) else {}
-        artefacts = export_artefacts(source, folder, "model", "dense", wanted, samples, progress)
+        if (out / "timing.cache").exists():
+            shutil.copy(out / "timing.cache", folder / "timing.cache")
+        try:
+            artefacts = export_artefacts(source, folder, "model", "dense", wanted, samples, progress)
+        except MissingError as error:
+            raise handed_over(error, folder, out, place) from None
         made = Exported(request=request, profile=place.profile, artefacts=artefacts, notes=notes(artefacts, wanted))
         if place.profile.precision == "int8" and place.runs_here and not request.dynamic_batch:
             made = timed(made, source, wanted, folder, progress)
+        forget(out)
         save_json(folder / "export.json", made)
         for name in [*(a.path for a in artefacts), *(c for a in artefacts for c, _ in a.companions), "export.json"]:
             os.replace(folder / name, out / name)
         if (folder / "timing.cache").exists():
             shutil.copy(folder / "timing.cache", out / "timing.cache")
     return made
+
+
+def handed_over(error: MissingError, folder: Path, out: Path, place: Place) -> MissingError:
+    """Where an engine cannot be built here, its ONNX file is delivered all the same, with the command for the device."""
+    onnx_path = out / "model.onnx"
+    if place.profile.format != "tensorrt" or not (folder / onnx_path.name).exists():
+        return error
+    os.replace(folder / onnx_path.name, onnx_path)
+    command = trtexec.text(trtexec.build_engine(onnx_path, program=trtexec.PROGRAMS[place.profile.runtime]))
+    return MissingError(error.message, f"{onnx_path} was written and checked. On the device, run: {command}")
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier export left: its files beside a new record would be taken for this one's."""
+    if (out / "export.json").exists():
+        for each in load_json(Exported, out / "export.json").artefacts:
+            for name in (each.path, *(companion for companion, _ in each.companions)):
+                (out / Path(name).name).unlink(missing_ok=True)
 
 
 def find_place(request: ExportRequest) -> Place:
@@ -138,7 +165,16 @@ def open_source(request: ExportRequest, profile: Profile) -> tuple[Source, Prepr
         if request.dynamic_batch:
             raise UsageError("--dynamic-batch is for models, not for ONNX files.", "Export the file with an open batch.")
         given = request.preprocess
-        source = from_file(Path(request.model), given.input if given else None, opset=request.opset)
+        if given is None and request.data:
+            message = "An ONNX file does not say how its images are normalized."
+            raise UsageError(message, "Give what it was trained with, as in --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225.")
+        asked = given.input if given and given.input != Preprocess().input else None
+        try:
+            source = from_file(Path(request.model), asked, opset=request.opset)
+        except ModelError:
+            if asked or given is None:
+                raise
+            source = from_file(Path(request.model), given.input, opset=request.opset)  # 1x3x224x224, said or not
         if len(source.shape) != 4:
             return source, Preprocess()
         return source, msgspec.structs.replace(given or Preprocess(), input=source.shape)
@@ -159,6 +195,9 @@ def load_calibration(
         if precision == "int8":
             raise UsageError("int8 needs calibration images.", "Run it again with --data FOLDER: some hundred images.")
         return np.empty((0, *source.shape[1:]), np.float32)
+    if source.shape[0] != 1:
+        message = f"Images are calibrated and compared one at a time; this network takes {source.shape[0]}."
+        raise UsageError(message, "Export it with a batch of 1, or without --data.")
     progress("images", 0, 1)
     try:
         transform = transform_of(preprocess)
@@ -220,17 +259,15 @@ def timed(made: Exported, source: Source, wanted: Wanted, folder: Path, progress
     suffix = Path(made.artefacts[-1].path).suffix
     paths = [folder / f"fp32{suffix}", folder / f"model{suffix}"]
     record = made.artefacts[0].quantization
-    if record is not None and record.kept_float and wanted.quantizing is not None:
-        whole = replace(wanted.quantizing, search=False, ranges=record.ranges, keep_float=())
+    if record is not None and wanted.quantizing is not None and len(record.kept_float) > len(wanted.quantizing.keep_float):
+        whole = replace(wanted.quantizing, search=False, ranges=record.ranges)
         export_artefacts(source, folder, "all_int8", "dense", replace(wanted, quantizing=whole), {}, progress)
         paths.append(folder / f"all_int8{suffix}")
     found = benches.benchmark(made.profile, paths, progress=progress)
     reasons = tuple(dict.fromkeys(r for m in found.measurements for r in m.invalid_reasons))
     said = [f"the latency is not valid: {reason}" for reason in reasons]
-    if found.ratios[0].ci95[1] >= 1:
-        said.append(
-            f"int8 is not faster than fp32 in {made.profile.runtime}: what it cannot fuse goes back and forth between the two"
-        )
+    if found.ratios[0].ci95[0] >= 1:
+        said.append(f"int8 is slower than fp32 here, in {made.profile.runtime}: ship fp32, or try another profile")
     return msgspec.structs.replace(
         made, ratios=found.ratios, fp32_ns=found.measurements[0].latency_ns, notes=(*made.notes, *said)
     )

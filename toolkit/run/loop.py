@@ -50,7 +50,7 @@ class Lowered:
 
     path: Path
     measured: Comparison  # with the dense network in fp32
-    how: Quantizing  # for all that is pruned from it: the same ranges' method, the same layers in float
+    how: Quantizing  # for all that is pruned from it: the same ranges' method; layers in float are chosen anew, as names change
     quantization: Quantization
 
 
@@ -234,8 +234,7 @@ def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
 
 def remembered(job: Job, widths: Mapping[str, int]) -> Path:
     """The file of what these widths measured."""
-    what = [job.request.statistic, sorted(widths.items()), *(job.lowered.how.keep_float if job.lowered else ())]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
     return job.plans / f"{digest}.json"
 
 
@@ -365,6 +364,8 @@ def close(job: Job, first: Scores | None = None) -> Outcome:
     limit = job.memory_limit()
     tightest = min(job.budget / job.base, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
     rounds = job.request.rounds or rounds_for(tightest, job.request.method)
+    whole = job.lowered is not None and job.upper(job.lowered.measured) <= HIGHEST  # nothing need go
+    rounds = 1 if whole else rounds
     state, scale, proof = State(job.program), 1.0, 0.0
     history: list[Scores] = []
     iterations: list[Iteration] = []
@@ -377,7 +378,7 @@ def close(job: Job, first: Scores | None = None) -> Outcome:
         history.append(scores)
         last = r == rounds - 1
         part = (r + 1) / rounds
-        share = AIM * job.base * (job.budget / job.base) ** part
+        share = 1.001 * job.base if whole else AIM * job.base * (job.budget / job.base) ** part
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
             allocation = solve(job, state, scores, share / scale, part, REFINEMENTS if last else 1)
