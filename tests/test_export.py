@@ -65,6 +65,23 @@ def test_an_open_batch_runs_any_number_of_images() -> None:
         np.testing.assert_allclose(found, source.outputs(images(n))[0], rtol=1e-4, atol=1e-5)
 
 
+def test_an_open_batch_stays_open_in_eight_bits(tmp_path: Path, folder_of_images: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef model():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()\n"
+    )
+    asked = ExportRequest(
+        model=f"{tmp_path / 'net.py'}:model", out=str(tmp_path / "out"), precision="int8", data=str(folder_of_images),
+        max_drop=50.0,
+        preprocess=Preprocess(input=(1, 3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3), dynamic_batch=True,
+    )  # fmt: skip
+    export(asked, quiet)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    whole = session.run(None, {session.get_inputs()[0].name: images(3)})[0]
+    each = [session.run(None, {session.get_inputs()[0].name: x[None]})[0] for x in images(3)]
+    np.testing.assert_array_equal(whole, np.concatenate(each))
+
+
 def saved(model: Any, path: Path) -> Path:
     onnx.save(model, str(path))
     return path

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.report import figures, html, summary_text, units, verdict_line
-from toolkit.schema import CategoryCounts, Report
+from toolkit.schema import CategoryCounts, FloatLayer, PrecisionChoice, Quantization, QuantizedDense, Report
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,21 @@ def bare() -> Report:
     )
 
 
-REPORTS = {"met": samples.report(), "missed, not valid, no labels, hostile": hostile(), "bare": bare()}
+def lowered() -> Report:
+    """In int8, which edgekit chose itself."""
+    made = Quantization(
+        recipe="openvino", ranges="mse", images=256, layers=21, kept_float=(FloatLayer(layer="conv1", distortion=0.25),),
+        distortion=0.0125, agreement=0.97, expected_drop=0.4, max_drop=1.0,
+    )  # fmt: skip
+    alone = QuantizedDense(ratio=0.395, ratio_ci95=(0.39, 0.4), accuracy=0.875, quantization=made)
+    choices = (
+        PrecisionChoice(precision="fp32", distortion=None, reason="The budget is under the floor."),
+        PrecisionChoice(precision="int8", distortion=0.0313),
+    )
+    return samples.report(precision="int8", quantization=made, quantized_dense=alone, precision_choices=choices)
+
+
+REPORTS = {"int8": lowered(), "met": samples.report(), "missed, not valid, no labels, hostile": hostile(), "bare": bare()}
 every_report = pytest.mark.parametrize("report", list(REPORTS.values()), ids=list(REPORTS))
 every_page = pytest.mark.parametrize("name", list(REPORTS))
 
@@ -175,6 +189,19 @@ def test_the_summary_fits_80_columns_without_control_codes(report: Report) -> No
     lines = printed(report).splitlines()
     assert max(map(len, lines)) <= 80
     assert all(line.isprintable() for line in lines)
+
+
+def test_what_eight_bits_give_alone_and_why_they_were_taken_is_told() -> None:
+    report = lowered()
+    text, page = printed(report), Page(page_of("int8")).text
+    alone = units.duration(0.395 * report.dense_ns, report.budget_ns)
+    assert (
+        re.search(rf"int8 alone, unpruned +{alone} +-60.5 %", text) and f"int8 alone, unpruned: latency {alone} −60.5 %" in page
+    )
+    assert "87.5 %" in text and "int8 alone, unpruned: top-1 87.5 %" in page
+    assert re.search(r"distortion, int8 +0.031 +taken", text) and "Predicted distortion, int8 0.031 taken" in page
+    assert "out of reach" in text and "Predicted distortion, fp32 out of reach The budget is under the floor." in page
+    assert "alone" not in printed(samples.report())
 
 
 def test_the_summary_truncates_nothing() -> None:

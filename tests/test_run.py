@@ -17,6 +17,7 @@ import pytest
 from toolkit import run as job
 from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError, UsageError
+from toolkit.run import loop
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
 from toolkit.schema import DimForm, Plan, Report, RunRequest, load_json
@@ -104,6 +105,24 @@ def test_the_prunable_share_of_the_latency_is_that_of_places_with_a_choice() -> 
     model = SimpleNamespace(sites=sites, site_cost=lambda site, c_in, c_out: site.cost)
     some = SimpleNamespace(candidates={"a": (4, 8), "b": (8,)}, dense_widths={"a": 8, "b": 8}, model=model)
     assert job.prunable_latency_share(some) == 7 / 8
+
+
+def job_at(precision_ratio: float | None, budget: float = 0.5) -> loop.Job:
+    """A job whose table says ten nanoseconds a channel of its one group."""
+    measured = SimpleNamespace(ratio=precision_ratio, ratio_ci95=(precision_ratio, precision_ratio))
+    lowered = None if precision_ratio is None else loop.Lowered(Path(), measured, None, None)
+    model = SimpleNamespace(predict=lambda widths: 10.0 * widths["a"])
+    program = SimpleNamespace(groups=(SimpleNamespace(name="a", width=8),))
+    return loop.Job(
+        request=None, target=None, program=program, images=None, candidates={},
+        table=SimpleNamespace(model=model), dense_path=Path(), dense_ns=1.0, folder=Path(), budget=budget, exact_ns=0.0,
+        progress=quiet, memory=None, lowered=lowered,
+    )  # fmt: skip
+
+
+def test_a_share_is_of_the_dense_network_in_fp32_at_every_precision() -> None:
+    assert job_at(None).predicted({"a": 4}) == 0.5
+    assert job_at(0.4).predicted({"a": 4}) == 0.2 and job_at(0.4).predicted({"a": 8}) == 0.4
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ FIELDS = (
     "verdict", "valid", "method", "runtime", "budget", "dense_ns", "measured_ns", "predicted_ns", "speedup",
     "speedup_ci95", "accuracy_dense", "accuracy_pruned", "accuracy_change_ci95", "agreement", "evaluation_images",
     "calibration_images", "parameters_dense", "parameters_pruned", "macs_dense", "macs_pruned", "floor_ns",
-    "optimality_gap", "proof_max_relative_error", "wall_s", "seed", "environment",
+    "optimality_gap", "proof_max_relative_error", "wall_s", "seed", "environment", "precision",
 )  # fmt: skip
 
 
@@ -27,11 +27,12 @@ def gather(folder: Path) -> dict[str, object]:
     """One run: what its report says, and what verify says of it."""
     report = load_json(Report, folder / "report.json")
     judged = subprocess.run([sys.executable, VERIFY, folder], capture_output=True, text=True)
-    table = report.table
+    table, alone = report.table, report.quantized_dense
     return {
         "model": Path(report.model).name,
         **{name: getattr(report, name) for name in FIELDS},
         "iterations": len(report.iterations),
+        "quantized_dense": None if alone is None else {"ratio": alone.ratio, "accuracy": alone.accuracy},
         "table": {"rows": table.rows, "coverage": table.coverage, "mape": table.held_out.mape, "bias": table.held_out.bias},
         "verify": [" ".join(line.split()) for line in judged.stdout.splitlines()],
     }
@@ -39,8 +40,8 @@ def gather(folder: Path) -> dict[str, object]:
 
 def markdown(runs: list[dict[str, object]]) -> str:
     lines = [
-        "| model | runtime | budget | dense | pruned | top-1 | table error | minutes | verify |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | runtime | precision | budget | dense | pruned | top-1 | table error | minutes | verify |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
         change = "unlabelled"
@@ -48,7 +49,7 @@ def markdown(runs: list[dict[str, object]]) -> str:
             low, high = (100 * x for x in r["accuracy_change_ci95"])  # type: ignore[attr-defined]
             change = f"{100 * r['accuracy_dense']:.1f} -> {100 * r['accuracy_pruned']:.1f} ({low:+.1f} to {high:+.1f})"  # type: ignore[operator]
         lines.append(
-            f"| {r['model']} | {r['runtime']} | {r['budget']} | {r['dense_ns'] / 1e6:.3f} ms | {r['measured_ns'] / 1e6:.3f} ms "  # type: ignore[operator]
+            f"| {r['model']} | {r['runtime']} | {r['precision']} | {r['budget']} | {r['dense_ns'] / 1e6:.3f} ms | {r['measured_ns'] / 1e6:.3f} ms "  # type: ignore[operator]
             f"{r['verdict'].upper()} | {change} | {100 * r['table']['mape']:.1f} % | "  # type: ignore[attr-defined,index]
             f"{sum(r['wall_s'].values()) / 60:.1f} | {r['verify'][-1]} |"  # type: ignore[attr-defined,index]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,16 @@ def save_program(program: Program, path: Path) -> None:
 
 def save_weights(program: Program, path: Path) -> None:
     """Parameters and buffers under the original model's names."""
-    from safetensors.torch import save_file
+    path.write_bytes(serialized(program))
 
-    state = {name: value.detach().contiguous().clone() for name, value in program.module.state_dict().items()}
-    save_file(state, path)
+
+def weights_sha256(program: Program) -> str:
+    """Digest of the file that `save_weights` writes: what an artefact carries to say which weights it was made of."""
+    return hashlib.sha256(serialized(program)).hexdigest()
+
+
+def serialized(program: Program) -> bytes:
+    """The state dict as safetensors."""
+    from safetensors.torch import save
+
+    return save({name: value.detach().contiguous().clone() for name, value in program.module.state_dict().items()})

@@ -128,8 +128,8 @@ def _comparison(report: Report) -> Table:
     ):
         row(name, text(before), text(after), units.change(before, after))
     for choice in report.precision_choices:
-        lost = (choice.reason or "out of reach") if choice.distortion is None else f"{choice.distortion:.4f}"
-        taken = " (taken)" if choice.precision == report.precision else ""
+        lost = "out of reach" if choice.distortion is None else units.small(choice.distortion)
+        taken = "taken" if choice.precision == report.precision else ""
         row(f"predicted distortion, {choice.precision}", "", lost, taken)
     return table
 

@@ -217,6 +217,7 @@ def load_calibration(
 def wish(request: ExportRequest, place: Place, images: np.ndarray[Any, Any]) -> Wanted:
     """What `export_artefacts` is to make."""
     profile = place.profile
+    images_told = {"edgekit.calibration": calibration.open_dataset(request.data).fingerprint()} if request.data else {}
     quantizing = None
     if profile.precision == "int8":
         quantizing = quantizing_for(profile, place.backend, images, request.ranges, request.max_drop, request.keep_float)
@@ -225,7 +226,7 @@ def wish(request: ExportRequest, place: Place, images: np.ndarray[Any, Any]) -> 
         formats=place.formats,
         precision=profile.precision,
         threads=profile.threads,
-        metadata={"edgekit.profile": profile.id, "edgekit.model": request.model},
+        metadata={"edgekit.profile": profile.id, "edgekit.model": request.model, **images_told},
         quantizing=quantizing,
         compute_capability=profile.compute_capability,
     )

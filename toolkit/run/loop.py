@@ -16,7 +16,7 @@ import numpy as np
 
 from toolkit import bench
 from toolkit.errors import BudgetError, UsageError
-from toolkit.export import Quantizing, Wanted, export_artefacts, from_program, save_onnx, to_onnx
+from toolkit.export import Quantizing, Wanted, export_artefacts, from_program, save_onnx, to_onnx, weights_sha256
 from toolkit.graph import Memory, Program
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.prune.allocate import Allocation, MemoryLimit, allocate, floor
@@ -206,7 +206,13 @@ def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
         formats=job.target.formats,
         precision=profile.precision,
         threads=profile.threads,
-        metadata={"edgekit.profile": profile.id, "edgekit.table": job.model.table_id, "edgekit.model": job.request.model},
+        metadata={
+            "edgekit.model": job.request.model,
+            "edgekit.profile": profile.id,
+            "edgekit.table": job.model.table_id,
+            "edgekit.widths": json.dumps(state.widths(job.program)),
+            "edgekit.weights_sha256": weights_sha256(state.program),
+        },
         quantizing=job.lowered.how if job.lowered else None,
     )
     return export_artefacts(from_program(state.program), folder, "model", "pruned", wanted, parity_samples(job.images))
