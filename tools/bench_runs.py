@@ -49,7 +49,8 @@ def markdown(runs: list[dict[str, object]]) -> str:
             low, high = (100 * x for x in r["accuracy_change_ci95"])  # type: ignore[attr-defined]
             change = f"{100 * r['accuracy_dense']:.1f} -> {100 * r['accuracy_pruned']:.1f} ({low:+.1f} to {high:+.1f})"  # type: ignore[operator]
         lines.append(
-            f"| {r['model']} | {r['runtime']} | {r['precision']} | {r['budget']} | {r['dense_ns'] / 1e6:.3f} ms | {r['measured_ns'] / 1e6:.3f} ms "  # type: ignore[operator]
+            f"| {r['model']} | {r['runtime']} | {r['precision']} | {r['budget']} "
+            f"| {r['dense_ns'] / 1e6:.3f} ms | {r['measured_ns'] / 1e6:.3f} ms "  # type: ignore[operator]
             f"{r['verdict'].upper()} | {change} | {100 * r['table']['mape']:.1f} % | "  # type: ignore[attr-defined,index]
             f"{sum(r['wall_s'].values()) / 60:.1f} | {r['verify'][-1]} |"  # type: ignore[attr-defined,index]
         )
