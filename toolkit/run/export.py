@@ -217,7 +217,7 @@ def load_calibration(
 def wish(request: ExportRequest, place: Place, images: np.ndarray[Any, Any]) -> Wanted:
     """What `export_artefacts` is to make."""
     profile = place.profile
-    images_told = {"edgekit.calibration": calibration.open_dataset(request.data).fingerprint()} if request.data else {}
+    images_told = {"edgekit.calibration": calibration.open_dataset(request.data).fingerprint} if request.data else {}
     quantizing = None
     if profile.precision == "int8":
         quantizing = quantizing_for(profile, place.backend, images, request.ranges, request.max_drop, request.keep_float)
