@@ -110,16 +110,16 @@ def _comparison(report: Report) -> Table:
         units.duration(report.measured_ns, report.budget_ns),
         units.change(report.dense_ns, report.measured_ns),
     )
-    if (alone := report.quantized_dense) is not None:
-        latency = units.duration(alone.ratio * report.dense_ns, report.budget_ns)
-        row(f"{report.precision} alone, unpruned", "", latency, units.change(1, alone.ratio))
     if report.accuracy_dense is not None and report.accuracy_pruned is not None:
-        if alone is not None and alone.accuracy is not None:
-            change = units.signed(100 * (alone.accuracy - report.accuracy_dense))
-            row(f"top-1, {report.precision} alone", "", units.share(alone.accuracy), f"{change} points")
         points = units.signed(100 * (report.accuracy_pruned - report.accuracy_dense))
         row("top-1", units.share(report.accuracy_dense), units.share(report.accuracy_pruned), f"{points} points")
     row("same top-1 as dense", "", units.share(report.agreement), f"{report.evaluation_images} images")
+    if (alone := report.quantized_dense) is not None:
+        latency = units.duration(alone.ratio * report.dense_ns, report.budget_ns)
+        row(f"{report.precision} alone, unpruned", "", latency, units.change(1, alone.ratio))
+        if alone.accuracy is not None and report.accuracy_dense is not None:
+            change = units.signed(100 * (alone.accuracy - report.accuracy_dense))
+            row(f"top-1, {report.precision} alone", "", units.share(alone.accuracy), f"{change} points")
     for name, before, after, text in (
         ("parameters", report.parameters_dense, report.parameters_pruned, units.count),
         ("MACs", report.macs_dense, report.macs_pruned, units.count),
