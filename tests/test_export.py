@@ -361,6 +361,15 @@ def test_engines_are_built_in_every_precision(name: str, tmp_path: Path) -> None
         assert sizes["int8"] < sizes["fp16"] < 4 * weights
 
 
+def test_an_engine_is_for_the_compute_capability_asked_for(tmp_path: Path) -> None:
+    rtx()
+    path, built = saved(exported(Block()), tmp_path / "net.onnx"), []
+    for capability in ("8.6", "8.6", "8.9"):
+        tensorrt_.build("tensorrt_rtx", path, tmp_path / "net.engine", compute_capability=capability)
+        built.append((tmp_path / "net.engine").read_bytes())
+    assert built[0] == built[1] != built[2]
+
+
 def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
     rtx()
     path = saved(exported(Block()), tmp_path / "net.onnx")

@@ -20,12 +20,6 @@ from toolkit.schema import DimForm
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 GEOMETRY = ("kernel_shape", "strides", "pads", "dilations")
 REGROUPING = ("Concat", "Pad", "Split")  # channels differ before and after
-QUANTIZING = (
-    "_QuantizeLinear",
-    "_DequantizeLinear",
-    "_QuantizeLinear_Output",
-    "_DequantizeLinear_Output",
-)  # after a tensor's name
 KERNEL_SHARE = (
     0.5  # lowest share of a kernel's times that its mean is taken of; a quantile would keep the clock's whole microseconds
 )
@@ -103,7 +97,6 @@ def attribute(kernels: Sequence[KernelSample], sites: Sequence[Site]) -> tuple[l
     does together are one span.
     """
     owner = {name: index for index, site in enumerate(sites) for name in site.nodes}
-    owner |= {f"{name}{end}": index for name, index in owner.items() for end in QUANTIZING}
     heads = {site.name: index for index, site in enumerate(sites)}
     together = list(range(len(sites)))  # the first site of each one's span
     owners: list[int | None] = []
