@@ -523,9 +523,7 @@ def bench(
     raise SystemExit(0 if not reasons and all(gate.passed for gate in found.gates) else 1)
 
 
-@cli.command(
-    cls=Command, example="edgekit export resnet18 --weights w.safetensors -p local-openvino --precision int8 --data images/"
-)
+@cli.command(cls=Command, example="edgekit export net.onnx -p local-openvino --precision int8 --data images/")
 @click.argument("model")
 @weights_option
 @profile_option
@@ -559,8 +557,8 @@ def export(model: str, as_json: bool, **given: Any) -> None:
     """Export MODEL, or an ONNX file, as it is: no pruning.
 
     \b
-    edgekit export model.onnx -p local-openvino --precision int8 --data images/     an ONNX file, to int8
-    edgekit export net.py:model --input 1x3x32x32 -p tensorrt-rtx --precision fp16  an engine, built without a GPU
+    edgekit export net.py:model --input 1x3x32x32 -p tensorrt-rtx
+    edgekit export resnet18 --weights w.safetensors --precision fp16
     """
     preprocess = preprocess_of(given)
     from toolkit.report import terminal
