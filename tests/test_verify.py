@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,6 +42,16 @@ def network(widths: tuple[int, int]) -> nn.Sequential:
 
 def export(model: nn.Module, path: Path) -> None:
     torch.onnx.export(model, (EXAMPLE,), str(path), dynamo=True, external_data=False, verbose=False)
+
+
+def say_origin(folder: Path, widths: dict[str, int]) -> None:
+    """Into the pruned file, what it was made of."""
+    model = onnx.load(str(folder / "model.onnx"))
+    del model.metadata_props[:]
+    digest = sha256(folder / "weights.safetensors")
+    for key, value in (("edgekit.weights_sha256", digest), ("edgekit.widths", json.dumps(widths))):
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, str(folder / "model.onnx"))
 
 
 def entry(folder: Path, name: str, role: str) -> dict[str, Any]:
@@ -80,6 +91,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pruned = models["model.onnx"]
     torch.export.save(torch.export.export(pruned, (EXAMPLE,)), str(folder / "model.pt2"))
     save_file(pruned.state_dict(), str(folder / "weights.safetensors"))
+    say_origin(folder, dict(zip(("first", "second"), PRUNED, strict=True)))
 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 48, 48, 3), np.uint8), rng.integers(0, 4, 40)
@@ -236,6 +248,17 @@ def test_the_dense_model_in_place_of_the_pruned(tool: ModuleType, copy: Path) ->
     assert failures(tool, copy, "hashes", "smaller", "shapes", "parity", "timing", "budget") == {
         "smaller", "shapes", "parity", "timing", "budget"
     }  # fmt: skip
+
+
+def test_a_file_made_of_other_weights_or_widths(tool: ModuleType, copy: Path) -> None:
+    say_origin(copy, dict(zip(("first", "second"), DENSE, strict=True)))
+    seal(copy)
+    assert failures(tool, copy, "hashes", "origin", "shapes") == {"origin"}
+    say_origin(copy, dict(zip(("first", "second"), PRUNED, strict=True)))
+    seal(copy)
+    assert failures(tool, copy, "hashes", "origin") == set()
+    edit(copy, "manifest.json", lambda record: record.update(weights_sha256="0" * 64))
+    assert failures(tool, copy, "origin") == {"origin"}
 
 
 @pytest.mark.parametrize("width", [16, 31, 33])
