@@ -44,6 +44,7 @@ def how(inputs: Any, **more: Any) -> Quantizing:
 # --- ONNX ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 20, 21])
 def test_the_opset_asked_for_is_the_one_written(opset: int) -> None:
     model = to_onnx(program(), opset=opset)
@@ -88,19 +89,20 @@ def saved(model: Any, path: Path) -> Path:
 
 
 def test_a_file_computes_what_it_did(tmp_path: Path) -> None:
-    model = exported(Tokens())
+    model = exported(Tokens)
     source = from_file(saved(model, tmp_path / "net.onnx"))
     np.testing.assert_allclose(run(source.model, images()), run(model, images()), rtol=1e-4, atol=1e-5)
     assert source.shape == (1, 3, 8, 8) and source.opset == onnx_.opset_of(model)
 
 
+@pytest.mark.slow
 def test_a_file_is_converted_to_the_opset_asked_for_or_refused(tmp_path: Path) -> None:
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     newer = from_file(path, opset=21)
     assert newer.opset == 21
     np.testing.assert_allclose(run(newer.model, images()), run(onnx.load(str(path)), images()), rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="cannot be converted to 7"):
-        from_file(saved(exported(Tokens()), tmp_path / "tokens.onnx"), opset=7)
+        from_file(saved(exported(Tokens), tmp_path / "tokens.onnx"), opset=7)
 
 
 def with_input(model: Any, *dims: int | str) -> Any:
@@ -124,7 +126,7 @@ def test_open_shapes_are_closed_by_the_request(tmp_path: Path) -> None:
 
 def broken_files(folder: Path) -> dict[str, Path]:
     """Files that cannot be used, by the words of the refusal."""
-    whole = saved(exported(Block()), folder / "whole.onnx").read_bytes()
+    whole = saved(exported(Block), folder / "whole.onnx").read_bytes()
     (folder / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
     (folder / "text.onnx").write_text("no network")
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy")
@@ -176,7 +178,7 @@ def test_a_file_that_computes_something_else_is_not_delivered(tmp_path: Path, mo
         return found
 
     monkeypatch.setattr(artefact, "to_fp16", wrong)
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     with pytest.raises(ParityError, match="does not compute what the model computes"):
         export(ExportRequest(model=str(path), out=str(tmp_path / "out"), precision="fp16"), quiet)
     assert not any((tmp_path / "out").iterdir())
@@ -185,9 +187,10 @@ def test_a_file_that_computes_something_else_is_not_delivered(tmp_path: Path, mo
 # --- precision -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["local-onnxruntime", "local-openvino"])
 def test_fp16_files_hold_half_and_say_what_runs_here(profile: str, tmp_path: Path) -> None:
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     made = export(ExportRequest(model=str(path), out=str(tmp_path / "out"), profile=profile, precision="fp16"), quiet)
     kinds = {t.data_type for t in onnx.load(str(tmp_path / "out" / "model.onnx")).graph.initializer if len(t.dims) == 4}
     assert kinds == {TensorProto.FLOAT16}
@@ -207,7 +210,7 @@ def folder_of_images(tmp_path: Path) -> Path:
 @pytest.mark.timed
 @pytest.mark.parametrize("profile", ["local-onnxruntime", "local-openvino"])
 def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path, folder_of_images: Path) -> None:
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     request = ExportRequest(
         model=str(path), out=str(tmp_path / "out"), profile=profile, precision="int8", data=str(folder_of_images), max_drop=50.0,
         preprocess=Preprocess(input=(1, 3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3),
@@ -240,8 +243,9 @@ class Fragile(nn.Module):
         return 20 * self.head(self.second(self.first(x).relu()).relu().flatten(1))
 
 
+@pytest.mark.slow
 def test_layers_that_cost_most_go_back_to_float_until_the_drop_is_small_enough() -> None:
-    model, inputs = exported(Fragile()), images(64)
+    model, inputs = exported(Fragile), images(64)
     free, whole = to_int8(model, how(inputs, max_drop=100.0), quiet)
     made, record = to_int8(model, how(inputs, max_drop=1.0), quiet)
     assert whole.expected_drop > 1.0 >= record.expected_drop and not whole.kept_float
@@ -273,18 +277,19 @@ def test_probabilities_are_taken_as_they_are_and_scores_as_their_logarithms() ->
 
 def test_a_drop_that_only_float_keeps_is_an_answer_and_not_a_file() -> None:
     with pytest.raises(ModelError, match="No choice of layers in int8"):
-        to_int8(exported(Fragile()), how(images(64), max_drop=-1.0), quiet)
+        to_int8(exported(Fragile), how(images(64), max_drop=-1.0), quiet)
 
 
 def test_an_old_opset_is_refused_with_the_way_out() -> None:
-    model = exported(Block())
+    model = exported(Block)
     model.opset_import[0].version = 12
     with pytest.raises(ModelError, match=r"opset 13.*has 12.*--opset 20"):
         to_int8(model, how(images()), quiet)
 
 
+@pytest.mark.slow
 def test_other_results_are_not_overwritten(tmp_path: Path) -> None:
-    path = saved(exported(Block()), tmp_path / "model.onnx")
+    path = saved(exported(Block), tmp_path / "model.onnx")
     before = path.read_bytes()
     with pytest.raises(UsageError, match="where .* itself lies"):
         export(ExportRequest(model=str(path), out=str(tmp_path)), quiet)
@@ -300,7 +305,7 @@ def test_other_results_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_requests_that_contradict_themselves_are_refused(tmp_path: Path, folder_of_images: Path) -> None:
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     plain = Preprocess(input=(1, 3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
     asked = ExportRequest(model=str(path), out=str(tmp_path / "out"), preprocess=plain)
     for changes, words in (
@@ -361,21 +366,23 @@ def test_engines_are_built_in_every_precision(name: str, tmp_path: Path) -> None
         assert sizes["int8"] < sizes["fp16"] < 4 * weights
 
 
+@pytest.mark.slow
 def test_an_engine_is_for_the_compute_capability_asked_for(tmp_path: Path) -> None:
     rtx()
-    path, built = saved(exported(Block()), tmp_path / "net.onnx"), []
+    path, built = saved(exported(Block), tmp_path / "net.onnx"), []
     for capability in ("8.6", "8.6", "8.9"):
         tensorrt_.build("tensorrt_rtx", path, tmp_path / "net.engine", compute_capability=capability)
         built.append((tmp_path / "net.engine").read_bytes())
     assert built[0] == built[1] != built[2]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
     rtx()
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     with pytest.raises(UsageError, match=r"compute capability 3.5.*8\.6"):
         tensorrt_.build("tensorrt_rtx", path, tmp_path / "net.engine", compute_capability="3.5")
-    unsigned, _ = to_int8(exported(Block()), replace(how(images()), recipe="openvino"), quiet)
+    unsigned, _ = to_int8(exported(Block), replace(how(images()), recipe="openvino"), quiet)
     with pytest.raises(ModelError, match="(?i)zero.?point"):
         tensorrt_.build("tensorrt_rtx", saved(unsigned, tmp_path / "q.onnx"), tmp_path / "q.engine", compute_capability="8.6")
     assert not list(tmp_path.glob("*.engine")) and not list(tmp_path.glob(".*"))
@@ -387,7 +394,7 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
 
 def test_a_runtime_that_is_not_there_names_its_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     with pytest.raises(MissingError, match=r"edgekit\[tensorrt\].*JetPack"):
         tensorrt_.build("tensorrt", path, tmp_path / "net.engine")
 
@@ -396,7 +403,7 @@ def test_without_its_runtime_a_checked_file_and_the_command_are_delivered(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    path = saved(exported(Block()), tmp_path / "net.onnx")
+    path = saved(exported(Block), tmp_path / "net.onnx")
     asked = ExportRequest(model=str(path), out=str(tmp_path / "out"), profile="tensorrt", precision="fp16")
     with pytest.raises(MissingError, match=rf"trtexec --onnx={tmp_path}/out/model.onnx"):
         export(asked, quiet)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,9 +52,17 @@ class Tokens(nn.Module):
         return self.head(x[:, 0])
 
 
-def exported(model: nn.Module, size: int = 8) -> Any:
+def exported(model: nn.Module | type[nn.Module]) -> Any:
+    """Its ONNX; of a class that of its first instance, which is exported once."""
+    if isinstance(model, type):
+        return copy.deepcopy(once(model))
+    return to_onnx(trace(model.eval(), torch.randn(2, 3, 8, 8)))
+
+
+@cache
+def once(kind: type[nn.Module]) -> Any:
     torch.manual_seed(0)
-    return to_onnx(trace(model.eval(), torch.randn(2, 3, size, size)))
+    return exported(kind())
 
 
 def images(n: int = 16, size: int = 8, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -118,7 +128,7 @@ def test_symmetric_ranges_are_symmetric(seed: int) -> None:
 
 
 def test_ranges_do_not_depend_on_how_images_are_batched() -> None:
-    ready = calibration.prepared(to_onnx(trace(Block().eval(), torch.randn(2, 3, 8, 8)), 1))
+    ready = calibration.prepared(exported(Block))
     first = calibration.observe(ready, singly(images()), RECIPES["onnxruntime"])
     again = calibration.observe(ready, reversed(singly(images())), RECIPES["onnxruntime"])
     assert first.images == again.images == 16
@@ -129,7 +139,7 @@ def test_ranges_do_not_depend_on_how_images_are_batched() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", [Block, Tokens])
 def test_a_quantized_network_computes_nearly_what_it_did(kind: type[nn.Module], recipe: str) -> None:
-    model = exported(kind())
+    model = exported(kind)
     dense, found = run(model, images()), run(quantized(model, recipe), images())
     distortion = ((found - dense) ** 2).sum() / ((dense - dense.mean(0)) ** 2).sum()
     assert 0 < distortion < 0.02
@@ -137,7 +147,7 @@ def test_a_quantized_network_computes_nearly_what_it_did(kind: type[nn.Module], 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_weights_are_within_half_a_step_of_their_own_channel(recipe: str) -> None:
-    model = exported(Block())
+    model = exported(Block)
     made = quantized(model, recipe)
     before = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     after = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
@@ -150,28 +160,28 @@ def test_weights_are_within_half_a_step_of_their_own_channel(recipe: str) -> Non
 
 
 def test_only_the_layers_that_are_named_become_integers() -> None:
-    ready = calibration.prepared(exported(Block()))
+    ready = calibration.prepared(exported(Block))
     names = calibration.layers(ready, RECIPES["openvino"])
-    made = quantized(exported(Block()), "openvino", [names[0]])
+    made = quantized(exported(Block), "openvino", [names[0]])
     weights = [t for t in made.graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims]
     assert len([t for t in weights if len(t.dims) > 1]) == 1
-    assert quantized(exported(Block()), "openvino", []).graph.node == ready.graph.node
+    assert quantized(exported(Block), "openvino", []).graph.node == ready.graph.node
 
 
 def test_joins_of_convolutions_are_layers_and_joins_of_tokens_are_not() -> None:
-    def kinds(model: nn.Module) -> Counter[str]:
+    def kinds(model: type[nn.Module]) -> Counter[str]:
         ready = calibration.prepared(exported(model))
         chosen = calibration.layers(ready, RECIPES["onnxruntime"])
         return Counter(node.op_type for node in ready.graph.node if node.name in chosen)
 
-    assert kinds(Block())["Add"] == 1
-    assert kinds(Tokens())["Add"] == 0 and kinds(Tokens())["Conv"] == 1
+    assert kinds(Block)["Add"] == 1
+    assert kinds(Tokens)["Add"] == 0 and kinds(Tokens)["Conv"] == 1
 
 
 def test_integers_are_what_runs(tmp_path: Any) -> None:
     """Every layer with weights of both kinds of network is an integer kernel in ONNX Runtime, the biases behind products too."""
     for kind in (Block, Tokens):
-        made = quantized(exported(kind()))
+        made = quantized(exported(kind))
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -190,7 +200,7 @@ def test_an_activation_that_never_varies_is_no_fault() -> None:
 
 
 def test_no_images_and_activations_that_are_no_numbers_are_problems() -> None:
-    ready = calibration.prepared(exported(Block()))
+    ready = calibration.prepared(exported(Block))
     with pytest.raises(calibration.DataProblem, match="no calibration images"):
         calibration.observe(ready, [], RECIPES["onnxruntime"])
     with pytest.raises(calibration.DataProblem, match="NaN or infinite"):
