@@ -12,15 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calibration.problems import DataProblem
-from calibration.ranges import METHODS, RangeObserver
+from calibration.ranges import METHODS, RangeMethod, RangeObserver
 
-RangeMethod = Literal["minmax", "percentile", "mse"]
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators that hand 8-bit values on as they are, where they get some.
 PASSING = ("Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad")
@@ -318,4 +317,4 @@ def _quantize_added_biases(model: Any) -> None:
             graph.initializer.remove(bias)
 
 
-__all__ = ["METHODS", "RECIPES", "Observed", "Recipe", "activations", "layers", "observe", "prepared", "quantize"]
+__all__ = ["METHODS", "RECIPES", "Observed", "RangeMethod", "Recipe", "activations", "layers", "observe", "prepared", "quantize"]

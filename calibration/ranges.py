@@ -10,7 +10,8 @@ import numpy.typing as npt
 from calibration.problems import DataProblem
 
 BINS = 1 << 13
-METHODS = ("minmax", "percentile", "mse")
+RangeMethod = Literal["minmax", "percentile", "mse"]
+METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 LEVELS = 255  # steps of eight bits
 SHRINKS = 32  # candidate bounds a side for the least squared error
 _LEAST_EXPONENT = -126  # of the smallest normal float32
@@ -46,9 +47,7 @@ class RangeObserver:
         bins = np.floor(values / self._bin_width()).astype(np.int64) + BINS // 2
         self._counts += np.bincount(bins, minlength=BINS)
 
-    def range(
-        self, method: Literal["minmax", "percentile", "mse"] = "minmax", percent: float = 99.99, symmetric: bool = False
-    ) -> tuple[float, float]:
+    def range(self, method: RangeMethod = "minmax", percent: float = 99.99, symmetric: bool = False) -> tuple[float, float]:
         """(low, high) to quantize the values in.
 
         `minmax`: the extremes. `percentile`: the bounds that leave out (100 - percent) / 2 % of the values on each side, rounded

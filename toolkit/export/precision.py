@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 import calibration
-from calibration.quantize import RangeMethod
+from calibration.quantize import METHODS, RangeMethod
 from toolkit.backends import Backend
 from toolkit.backends.base import shorten
 from toolkit.errors import DataError, ModelError, UsageError
@@ -23,7 +23,6 @@ Array = np.ndarray[Any, Any]
 Progress = Callable[[str, float, float], None]
 JUDGED_IMAGES = 32  # that one layer's cost is measured on
 LEAST_OPSET = 13
-RANGES: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
                 made, lost, expected_drop(found, dense) if classes else 100 * lost, agreement(found, dense), tuple(kept)
             )
 
-        for method in RANGES if how.ranges == "auto" else (how.ranges,):
+        for method in METHODS if how.ranges == "auto" else (how.ranges,):
             tried[method] = attempt(method, ())
         best = min(tried, key=lambda method: tried[method].distortion)
         chosen, costs = tried[best], dict[str, float]()

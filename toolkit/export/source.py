@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from toolkit.backends import Session, ort
+from toolkit.backends import ort
 from toolkit.backends.base import shorten
 from toolkit.errors import EdgekitError, ModelError
-from toolkit.export.onnx_ import DYNAMIC, OPSET, checked_opset, opset_of, simplified, to_onnx
+from toolkit.export.onnx_ import OPSET, checked_opset, opset_of, simplified, to_onnx
 from toolkit.graph import Program
 from toolkit.graph.proof import flat
 
@@ -136,12 +136,3 @@ def fix_shape(model: Any, path: Path, shape: Sequence[int] | None) -> None:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param == (dims[0].dim_param or "") or dim.HasField("dim_param"):
                     dim.Clear()
-
-
-def reader(session: Session) -> Callable[[Array], list[Array]]:
-    """A session as a function of its one input."""
-    name = session.inputs[0].name
-    return lambda x: list(session.run({name: x}))
-
-
-__all__ = ["DYNAMIC", "Source", "from_file", "from_program", "reader"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,6 @@ from toolkit.export.onnx_ import OPSET
 from toolkit.run.prepare import Progress, load_and_trace, transform_of
 from toolkit.schema import Artefact, Format, Precision, Preprocess, Profile, Ratio, Record, load_json, save_json
 
-RECIPES: Mapping[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # and TensorRT's for its engines
 LEAST_IMAGES = 8
 
 
@@ -243,7 +241,7 @@ def quantizing_for(
     """How a network becomes int8 for a profile; what cannot run here is judged in ONNX Runtime."""
     here = profile.format != "tensorrt"
     return Quantizing(
-        recipe=RECIPES[profile.runtime] if here else "tensorrt",
+        recipe=profile.runtime if here else "tensorrt",
         images=images,
         backend=backend if here else backends.get("onnxruntime"),
         threads=profile.threads,
