@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("schema",),
-    ("budget", "demo", "programs", "weights"),
+    ("budget", "demo", "programs", "settings", "weights"),
     ("graph", "models", "profiles"),
     ("backends",),
     ("devices",),

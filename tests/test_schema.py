@@ -4,7 +4,7 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -38,6 +38,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return LEAVES[kind]
     if origin is Literal:
         return st.sampled_from(arguments)
+    if origin is Annotated:
+        return bounded(*arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
         return st.lists(values(arguments[0]), max_size=2).map(tuple)
     if origin is tuple:
@@ -49,9 +51,19 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     return records(kind)
 
 
+def bounded(kind: type, limits: msgspec.Meta) -> st.SearchStrategy[Any]:
+    """Numbers inside a field's limits."""
+    low = limits.ge if limits.ge is not None else limits.gt
+    high = limits.le if limits.le is not None else limits.lt
+    if kind is int:
+        return st.integers(-(2**53) if low is None else int(low), 2**53 if high is None else int(high))
+    open_ends = {"exclude_min": limits.gt is not None, "exclude_max": limits.lt is not None}
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, **open_ends)
+
+
 def records(kind: type[Record]) -> st.SearchStrategy[Any]:
     """Any record of a kind, as this version writes it."""
-    fields = {name: values(hint) for name, hint in typing.get_type_hints(kind).items()}
+    fields = {name: values(hint) for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
     if "schema" in fields:
         fields["schema"] = st.just(schema.SCHEMA)
     return st.fixed_dictionaries(fields).map(lambda chosen: kind(**chosen))
@@ -124,7 +136,7 @@ def test_an_unknown_a_missing_and_a_mistyped_field_are_refused(kind: type[Record
     changed = [plain | {"surprise": 1}, *({k: v for k, v in plain.items() if k != name} for name in required)]
     changed += [
         plain | {name: {"not": ["this"]}}
-        for name, hint in typing.get_type_hints(kind).items()
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
         if typing.get_origin(hint) is not dict
     ]
     for fields in changed:

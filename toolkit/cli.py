@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.schema import Preprocess, Profile, Report
 
 Progress = Callable[[str, float, float], None]
-METHODS = ("causal", "cswap", "taylor", "l1", "l2", "random")
+METHODS = ("causal", "cswap", "psap", "crespr", "taylor", "l1", "l2", "random")
 INTERRUPTED, UNEXPECTED = 130, 70
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -339,16 +339,23 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @threads_option
 @click.option("--precision", type=click.Choice(["fp32", "int8", "auto"]), default="fp32", show_default=True)
 @click.option("--max-drop", type=click.FloatRange(0), default=1.0, metavar="POINTS", help="int8 may cost by itself; default: 1.")
+@click.option("--finetune", type=click.IntRange(0), default=0, metavar="EPOCHS", help="Train after pruning.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A choice of one method, e.g. psap.epochs=20; repeatable."
+)
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
 @json_option
-def run(model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, where: str, **given: Any) -> None:
+def run(
+    model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, where: str, settings: tuple[str, ...], **given: Any
+) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
     MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
     """
     from toolkit.budget import parse_budget, parse_size
     from toolkit.schema import RunRequest
+    from toolkit.settings import apply_settings
 
     if where and where != "local":
         raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
@@ -356,6 +363,7 @@ def run(model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool
     request = RunRequest(
         model=model, budget=parse_budget(budget), max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
     )
+    request = apply_settings(request, settings)
     from toolkit import run as job
 
     with progress() as shown:

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ Category = Literal["critical", "neutral", "detrimental", "undecided"]
 Statistic = Literal["median", "p90", "p95", "p99"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Format = Literal["onnx", "openvino", "tensorrt"]
+Method = Literal["causal", "cswap", "psap", "crespr", "taylor", "l1", "l2", "random"]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +61,26 @@ class Budget(Record, frozen=True, kw_only=True):
         return self.text == NO_BUDGET
 
 
+class Training(Record, frozen=True, kw_only=True):
+    """How weights are trained, by PSAP and by fine-tuning. `data` empty: the images of the run."""
+
+    data: str = ""
+    batch: Annotated[int, msgspec.Meta(ge=1)] = 128
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.02
+
+
+class Psap(Record, frozen=True, kw_only=True):
+    """PSAP's own choices."""
+
+    epochs: Annotated[int, msgspec.Meta(ge=1)] = 10
+
+
+class Crespr(Record, frozen=True, kw_only=True):
+    """CRESPR's own choices."""
+
+    modules: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: chosen on the latency table
+
+
 class RunRequest(Record, frozen=True, kw_only=True):
     """The whole of what `edgekit run` was asked. `preprocess` None: the model's own, where it has one."""
 
@@ -73,7 +94,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     classes: str = ""
     preprocess: Preprocess | None = None
     statistic: Statistic = "median"
-    method: Literal["causal", "cswap", "taylor", "l1", "l2", "random"] = "causal"
+    method: Method = "causal"
     repair: bool = True
     samples: int = 512
     seed: int = 0
@@ -84,6 +105,10 @@ class RunRequest(Record, frozen=True, kw_only=True):
     min_width: int = 1
     rounds: int = 0  # 0: chosen by the budget
     max_memory_bytes: float = 0.0  # of weights and activations together; 0: no limit
+    finetune: int = 0  # epochs after pruning; 0: none
+    train: Training = Training()
+    psap: Psap = Psap()
+    crespr: Crespr = Crespr()
 
 
 # --- model -> graph -------------------------------------------------------------------------------------------------

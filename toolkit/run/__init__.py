@@ -74,6 +74,7 @@ from toolkit.schema import (
     save_json,
     write_text,
 )
+from toolkit.settings import differing
 
 QUANTIZING_IMAGES = 256  # that activation ranges are taken of
 Progress = Callable[[str, float, float], None]
@@ -144,7 +145,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         begin = Beginning(request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress)
         job, choices, first = open_jobs(begin, targets)
         with clock.step("prune"):
-            outcome = loop.without_budget(job) if request.budget.unlimited else loop.close(job, first)
+            outcome = prune(job, first)
         chosen = outcome.attempt
         with clock.step("deliver"):
             artefacts = (*dense, *move(chosen, out))
@@ -162,6 +163,13 @@ def run(request: RunRequest, progress: Progress) -> Report:
     report = msgspec.structs.replace(report, precision_choices=choices)
     write_run(job, traced, outcome, artefacts, report)
     return report
+
+
+def prune(job: loop.Job, first: Scores | None) -> loop.Outcome:
+    """The network that the request's method makes of the dense one, measured; each method has a module of its own."""
+    if job.request.budget.unlimited:
+        return loop.without_budget(job)
+    return loop.close(job, first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,10 +540,12 @@ def command_of(request: RunRequest) -> str:
         ("--rounds", request.rounds, 0),
         ("--precision", request.precision, "fp32"),
         ("--max-drop", request.max_drop, 1.0),
+        ("--finetune", request.finetune, 0),
     ):
         words += [flag, str(chosen)] if chosen != default else []
     words += ["--max-memory", f"{request.max_memory_bytes:.0f}B"] if request.max_memory_bytes else []
     words += [] if request.repair else ["--no-repair"]
+    words += [word for setting in differing(request) for word in ("--set", setting)]
     words += [word for pattern in request.keep for word in ("--keep", pattern)]
     return shlex.join(words)
 
