@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,12 +38,21 @@ def own_profile(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def ready() -> list[Profile]:
+    return [profile for profile in profiles.list_profiles() if profile.status != "template"]
+
+
+def templates() -> list[Profile]:
+    return [profile for profile in profiles.list_profiles() if profile.status == "template"]
+
+
 def test_the_bundled_profiles_are_named_after_their_folders() -> None:
     others = ["simulated-cpu", "simulated-gpu", "simulated-npu", "tensorrt", "tensorrt-rtx"]
-    assert [profile.id for profile in profiles.list_profiles()] == [MEASURED, "local-onnxruntime", "local-openvino", *others]
+    assert [profile.id for profile in ready()] == [MEASURED, "local-onnxruntime", "local-openvino", *others]
     for profile in profiles.list_profiles():
         assert profiles.load(profile.id) == profile
         assert profiles.load(str(HW_PROFILES / profile.id)) == profile
+    for profile in ready():
         device = profile.id if profile.simulation else "nvidia-gpu" if profile.format == "tensorrt" else "local"
         assert profile.threads == 1 and profile.device == device
 
@@ -148,9 +158,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 def test_tables_of_different_fingerprints_are_in_different_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
-    prints: list[Fingerprint] = [
-        profiles.fingerprint(profile, "1.0") for profile in profiles.list_profiles() if profile.format != "tensorrt"
-    ]
+    prints: list[Fingerprint] = [profiles.fingerprint(profile, "1.0") for profile in ready() if profile.format != "tensorrt"]
     folders = {profiles.table_dir(print_) for print_ in prints}
     assert len(folders) == 5
     assert all(tmp_path in folder.parents for folder in folders)
@@ -167,6 +175,110 @@ def test_profiles_are_found_wherever_the_package_lies(tmp_path: Path, monkeypatc
 
     monkeypatch.delitem(sys.modules, "hw_profiles", raising=False)
     simulated = [f"simulated-{kind}" for kind in ("cpu", "gpu", "npu")]
-    found = [profile.id for profile in profiles.list_profiles()]
+    found = [profile.id for profile in ready()]
     assert found == [MEASURED, "extra", "local-onnxruntime", "local-openvino", *simulated, "tensorrt", "tensorrt-rtx"]
     assert isinstance(profiles.load("extra"), Profile)
+
+
+# --- templates and inheritance -----------------------------------------------------------------------------------------
+
+
+def written(folder: Path, **fields: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_there_is_a_template_for_every_board_that_is_promised() -> None:
+    boards = {profile.device for profile in templates()}
+    orin = {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"}
+    assert boards == {*orin, "raspberry-pi-5", "intel-n100", "intel-core-ultra", "rk3588"}
+    for board in orin:
+        six, seven = profiles.load(board), profiles.load(f"{board}-jetpack7")
+        assert (six.facts["jetpack"].value, seven.facts["jetpack"].value) == ("6.2", "7.2")
+        assert six.format == seven.format == "tensorrt" and six.compute_capability == "8.7"
+        assert seven.facts["gpu_compute_capability"] == six.facts["gpu_compute_capability"]
+    devices = {p.openvino_device for p in templates() if p.device == "intel-core-ultra"}
+    assert devices == {"CPU", "GPU", "NPU"}
+
+
+def test_every_fact_of_a_template_has_a_source_that_can_be_looked_up() -> None:
+    for profile in templates():
+        assert len(profile.facts) >= 4, profile.id
+        for name, fact in profile.facts.items():
+            assert "https://" in fact.source and fact.source.split("https://")[0].strip(" ,:"), (profile.id, name)
+
+
+@pytest.mark.parametrize("profile", templates(), ids=lambda profile: profile.id)
+def test_a_template_meets_no_budget(profile: Profile, tmp_path: Path) -> None:
+    from toolkit import devices
+    from toolkit.run.prepare import open_target
+
+    for refused in (
+        lambda: devices.open(profile),
+        lambda: open_target(profile.id),
+        lambda: open_target(profile.id, measuring=True),
+    ):
+        with pytest.raises(UsageError) as caught:
+            refused()
+        if profile.openvino_device == "CPU":
+            assert "is a template" in caught.value.message and "nothing was measured" in caught.value.message
+            assert f"edgekit measure MODEL -p {profile.id} --on ssh://user@board -o my-board" in caught.value.hint
+        else:
+            assert f"OpenVINO's {profile.openvino_device}" in caught.value.message
+
+
+def test_what_a_file_says_wins_over_what_it_extends(tmp_path: Path) -> None:
+    fact = {"value": 1, "source": "https://example.org"}
+    folder = written(tmp_path, id="mine", extends="jetson-orin-nano-jetpack7", threads=2, facts={"cuda": fact, "shelf": fact})
+    base, mine = profiles.load("jetson-orin-nano-jetpack7"), profiles.load(str(folder))
+    assert (mine.id, mine.threads, mine.extends) == ("mine", 2, "")
+    assert (mine.runtime, mine.device, mine.status) == (base.runtime, base.device, base.status)
+    assert mine.facts["shelf"].value == mine.facts["cuda"].value == 1
+    assert {name: each for name, each in mine.facts.items() if name not in ("cuda", "shelf")} == {
+        name: each for name, each in base.facts.items() if name != "cuda"
+    }
+    save = tmp_path / "again"
+    save_json(save / "profile.json", mine)  # whole: it is the same wherever it is read
+    assert profiles.load(str(save)) == mine
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"extends": "tensorrt"}, "missing required field `id`"),
+        ({"id": "mine", "extends": "nowhere"}, "extends 'nowhere'; the known profiles are"),
+        ({"id": "tensorrt", "extends": "jetson-orin-nano-jetpack7"}, "a circle"),
+        ({"id": "mine", "extends": "mine"}, "mine extends mine, a circle"),
+        ({"id": "mine", "extends": "tensorrt", "thread": 2}, "unknown field `thread`"),
+        ({"id": "mine", "extends": "tensorrt", "facts": {"cores": {"value": 4}}}, "missing required field `source`"),
+        ({"id": "mine", "extends": "tensorrt", "facts": {"cores": {"value": 4, "source": " "}}}, "the fact cores has no source"),
+        ({"id": "mine", "extends": "tensorrt", "facts": 3}, "Expected `object`, got `int`"),
+        ({"id": "mine", "extends": "local-onnxruntime", "openvino_device": "GPU"}, "openvino_device is of the runtime openvino"),
+        ({"id": "mine", "extends": "local-onnxruntime", "status": "measured"}, "there is no table beside it"),
+    ],
+)
+def test_what_is_wrong_with_a_profile_is_said(fields: dict[str, object], words: str, tmp_path: Path) -> None:
+    folder = written(tmp_path, **fields)
+    with pytest.raises(UsageError, match=words):
+        profiles.load(str(folder))
+
+
+def test_a_measured_profile_keeps_its_table_beside_it(tmp_path: Path) -> None:
+    copy = shutil.copytree(HW_PROFILES / MEASURED, tmp_path / "copy")
+    assert profiles.load(str(copy)).status == "measured"
+    shutil.rmtree(copy / "table")
+    with pytest.raises(UsageError, match="no table beside it"):
+        profiles.load(str(copy))
+
+
+def test_the_json_schema_is_that_of_the_record() -> None:
+    made = "python -c \"from toolkit import profiles; print(profiles.json_schema(), end='')\" > hw_profiles/profile.schema.json"
+    assert (HW_PROFILES / "profile.schema.json").read_text(encoding="utf-8") == profiles.json_schema(), f"Run: {made}"
+    schema = json.loads(profiles.json_schema())
+    record = schema["$defs"]["Profile"]
+    assert set(record["properties"]) == set(Profile.__struct_fields__)
+    for file in HW_PROFILES.glob("*/profile.json"):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        assert set(fields) <= set(record["properties"]) and set(record["required"]) <= set(fields)
+        assert any(set(each["required"]) <= set(fields) for each in record["anyOf"]), file

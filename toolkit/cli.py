@@ -611,8 +611,10 @@ def profiles(profile: str | None, as_json: bool) -> None:
         click.echo(msgspec.json.encode(found).decode())
         return
     for each in found:
-        click.echo(f"{each.id:<24} {each.device:<8} {each.runtime:<12} {each.format:<9} {each.description}")
+        click.echo(f"{each.id:<26} {each.status:<8} {each.runtime:<12} {each.format:<8} {each.description}")
     if profile:
+        for name, fact in found[0].facts.items():
+            click.echo(f"  {name:<24} {fact.value}  ({fact.source})")
         from toolkit.report import terminal
         from toolkit.run.prepare import measured_table
 
@@ -669,6 +671,8 @@ def examine() -> dict[str, dict[str, str]]:
     facts = local.facts()
 
     def usable(profile: Profile) -> str:
+        if profile.status == "template":
+            return "template: nothing measured; edgekit measure MODEL -p ID --on ssh://user@board -o my-board"
         if not profile.simulation and not util.find_spec(profile.runtime):
             return f'runtime missing; python -m pip install "edgekit[{profile.runtime.replace("_", "-")}]"'
         if profile.format == "tensorrt":

@@ -5,11 +5,15 @@ A profile is `<folder>/profile.json`. The ones in `hw_profiles` are known by id;
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from toolkit.errors import UsageError
 from toolkit.schema import Fingerprint, Profile, TableHeader, from_json, load_json
@@ -45,7 +49,49 @@ def load(id_or_path: str) -> Profile:
         path /= "profile.json"
     if not path.is_file():
         raise UsageError(f"There is no profile {id_or_path!r}; the known ones are {', '.join(_known())}.", _LIST)
-    return _checked(load_json(Profile, path), str(path))
+    profile = _checked(_parsed(path.read_bytes(), str(path)), str(path))
+    if profile.status == "measured" and shipped_table(id_or_path) is None:
+        raise UsageError(
+            f"{path} says that it was measured, and there is no table beside it.",
+            f"Measure it: edgekit measure MODEL -p PROFILE -o {path.parent}; or write `ready` as its status.",
+        )
+    return profile
+
+
+def check_reachable(profile: Profile) -> None:
+    """Refuse what describes a device without being one: nothing was measured there, and nothing here stands in for it.
+
+    Raises:
+        UsageError: a template.
+    """
+    if profile.status == "template":
+        raise UsageError(
+            f"Profile {profile.id} is a template: it has facts about {profile.device}, and nothing was measured on one.",
+            f"Measure yours: edgekit measure MODEL -p {profile.id} --on ssh://user@board -o my-board; then give -p my-board.",
+        )
+
+
+def check_measurable(profile: Profile) -> None:
+    """Refuse what this version would measure on something else than was asked for.
+
+    Raises:
+        UsageError: a device of OpenVINO other than the processor.
+    """
+    if profile.openvino_device != "CPU":
+        raise UsageError(
+            f"Profile {profile.id} asks for OpenVINO's {profile.openvino_device}; this version measures its CPU device only.",
+            "Choose the profile of the board's CPU (see `edgekit profiles`); benchmark_app of OpenVINO times the others.",
+        )
+
+
+def json_schema() -> str:
+    """The JSON schema of a profile.json, from the record itself; `hw_profiles/profile.schema.json` is a copy for editors."""
+    schema = msgspec.json.schema(Profile)
+    record = schema["$defs"]["Profile"]
+    complete = [name for name in record["required"] if name != "id"]
+    record |= {"required": ["id"], "anyOf": [{"required": ["extends"]}, {"required": complete}]}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "profile.json of edgekit", **schema}
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 
 def shipped_table(id_or_path: str) -> Path | None:
@@ -132,7 +178,42 @@ def _known() -> tuple[str, ...]:
 
 def _bundled(name: str) -> Profile:
     file = resources.files("hw_profiles").joinpath(name).joinpath("profile.json")
-    return _checked(from_json(Profile, file.read_bytes(), str(file)), str(file))
+    return _checked(_parsed(file.read_bytes(), str(file)), str(file))
+
+
+def _parsed(text: bytes, source: str) -> Profile:
+    """The record of a file, with all that it extends."""
+    return from_json(Profile, json.dumps(_merged(text, source, ())), source)
+
+
+def _merged(text: bytes, source: str, below: tuple[str, ...]) -> dict[str, Any]:
+    """A file's fields over those of the profile it extends, and that one's likewise; `below` are the ids on the way here.
+
+    Raises:
+        UsageError: no JSON object, an unknown profile to extend, or a circle.
+    """
+    try:
+        fields = json.loads(text)
+    except (UnicodeDecodeError, ValueError):
+        fields = None
+    if not isinstance(fields, dict):
+        from_json(Profile, text, source)  # says what is wrong with it
+        raise UsageError(f"{source} is not a valid Profile record.", "Correct the file.")
+    parent = fields.pop("extends", "")
+    if not parent:
+        return fields
+    way = (*below, str(fields.get("id", source)))
+    if parent in way:
+        raise UsageError(f"{source}: {' extends '.join((*way, str(parent)))}, a circle.", "Take `extends` out of one of them.")
+    if parent not in _known():
+        raise UsageError(f"{source} extends {parent!r}; the known profiles are {', '.join(_known())}.", _LIST)
+    file = resources.files("hw_profiles").joinpath(parent).joinpath("profile.json")
+    above = _merged(file.read_bytes(), str(file), way)
+    del above["id"]  # a profile's own
+    facts = {
+        name: fact for each in (above, fields) if isinstance(found := each.get("facts", {}), dict) for name, fact in found.items()
+    }
+    return above | fields | ({"facts": facts} if facts and isinstance(fields.get("facts", {}), dict) else {})
 
 
 def _checked(profile: Profile, source: str) -> Profile:
@@ -141,6 +222,11 @@ def _checked(profile: Profile, source: str) -> Profile:
         raise UsageError(f"{source}: {profile.id!r} is no profile id.", "Use lower-case letters and digits, joined by . _ or -.")
     if profile.threads < 1 or profile.batch < 1:
         raise UsageError(f"{source}: threads and batch must be at least 1.", "Correct the file.")
+    if profile.openvino_device != "CPU" and profile.runtime != "openvino":
+        raise UsageError(f"{source}: openvino_device is of the runtime openvino, not {profile.runtime}.", "Correct the file.")
+    unsourced = [name for name, fact in profile.facts.items() if not fact.source.strip()]
+    if unsourced:
+        raise UsageError(f"{source}: the fact {unsourced[0]} has no source.", "Name the document it is from, or leave it out.")
     if (profile.runtime == "simulated") != (profile.simulation is not None):
         raise UsageError(
             f"{source}: a simulated device is described by `simulation`, and no other is.",

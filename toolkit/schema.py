@@ -231,11 +231,24 @@ class Simulation(Record, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class Fact(Record, frozen=True, kw_only=True):
+    """Something that was read about a device, and the document it was read in. Units are in its name."""
+
+    value: int | float | str
+    source: str
+
+
 class Profile(Record, frozen=True, kw_only=True):
-    """A hardware profile: one way to run a model on one device. `hw_profiles/<id>/profile.json`."""
+    """A hardware profile: one way to run a model on one device. `hw_profiles/<id>/profile.json`.
+
+    `extends` names a profile that the file builds on: what the file says wins, facts one by one. It is empty once read.
+    `status`: ready (measured when first used), measured (its latency table comes with it), or template (facts, nothing measured).
+    """
 
     schema: int = SCHEMA
     id: str
+    extends: str = ""
+    status: Literal["ready", "measured", "template"] = "ready"
     device: str
     runtime: Literal["onnxruntime", "openvino", "simulated", "tensorrt", "tensorrt_rtx"]
     format: Format
@@ -245,6 +258,8 @@ class Profile(Record, frozen=True, kw_only=True):
     description: str = ""
     simulation: Simulation | None = None  # of a simulated device, and of no other
     compute_capability: str = ""  # of an NVIDIA GPU, such as 8.7: what an engine is built for
+    openvino_device: Literal["CPU", "GPU", "NPU"] = "CPU"  # that OpenVINO runs on; of no other runtime
+    facts: dict[str, Fact] = {}
 
 
 class TableRow(Record, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from toolkit import profiles
 from toolkit.devices import local, simulated
 from toolkit.devices.base import Device, Facts, Reading, conditions
 from toolkit.errors import UsageError
@@ -16,10 +17,12 @@ def open(profile: Profile) -> Device:
     Raises:
         UsageError: it is neither this machine nor a simulated one.
     """
+    profiles.check_measurable(profile)
     if profile.simulation is not None:
         return simulated.Simulated(profile.device, profile.simulation)
     if profile.device == "local":
         return local.Local()
+    profiles.check_reachable(profile)
     raise UsageError(
         f"Profile {profile.id} is of the device {profile.device!r}, which this version cannot reach.",
         "Choose a profile whose device is `local` (see `edgekit profiles`), or run edgekit on that device.",

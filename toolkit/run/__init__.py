@@ -643,7 +643,8 @@ def measure(
     summary = table.model.summary(str(table.folder))
     if out is not None:
         described = f"Measured on {target.fingerprint.device}"
-        save_json(out / "profile.json", msgspec.structs.replace(target.profile, id=profile_name(out), description=described))
+        measured = msgspec.structs.replace(target.profile, id=profile_name(out), description=described, status="measured")
+        save_json(out / "profile.json", measured)
         share_table(table.folder, out / "table", target.fingerprint)
         summary = msgspec.structs.replace(summary, path=str(out))
     return summary
