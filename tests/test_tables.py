@@ -27,7 +27,7 @@ from toolkit.errors import TableError
 from toolkit.latency import LatencyModel, ModelTable
 from toolkit.latency.alignment import Alignment, Observations, probe_alignment
 from toolkit.latency.fit import fit_model, judge, observe
-from toolkit.latency.formula import fit_formula
+from toolkit.latency.formula import Formula, fit_formula
 from toolkit.latency.residual import fit_residual
 from toolkit.latency.sampling import DENSE_VISITS, sample_widths
 from toolkit.latency.segments import cut_out, find_segments
@@ -634,3 +634,21 @@ def test_a_simulated_device_of_its_own_seed_repeats_itself() -> None:
     of = profiles.load("simulated-cpu").simulation
     assert of is not None
     assert Simulated("x", of).spend(1e6) == Simulated("x", of).spend(1e6)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "slower", "bound"),
+    [
+        ((1e6, 1.0, 1.0, 0.0, 1.0, 1.0, 0.1), None, "fixed"),
+        ((1.0, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0), None, "memory"),
+        ((1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 10.0), None, "arithmetic"),
+        ((1.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 10.0), "memory"),
+        ((1.0, 0.0, 0.0, 10.0), (1.0, 0.0, 0.0, 1.0), "arithmetic"),
+        ((1.0, 0.0, 0.0, 10.0), (1e9, 0.0, 0.0, 1.0), "fixed"),
+    ],
+)
+def test_a_formula_says_what_its_time_goes_to(
+    coefficients: tuple[float, ...], slower: tuple[float, ...] | None, bound: str
+) -> None:
+    made = Formula(np.array(coefficients), None if slower is None else np.array(slower))
+    assert made.bound(np.array([(24, 40, 32, 48)])) == bound

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,18 @@ class Formula:
         if self.slower is None:
             return self._sum(cells) @ self.coefficients
         return np.maximum(self._blocks(cells) @ self.coefficients, _elements(cells) @ self.slower)
+
+    def bound(self, cells: Cells) -> Literal["fixed", "memory", "arithmetic"]:
+        """What most of the time of the first cell goes to: what no channel changes, memory by the element, or blocks."""
+        elements, blocks = _elements(cells)[0, 1:], self._blocks(cells)[0, 1:]
+        if self.slower is None:
+            memory, work = float(elements @ self.coefficients[1:4]), float(blocks @ self.coefficients[4:])
+            parts = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
+        elif float(_elements(cells)[0] @ self.slower) > float(self._blocks(cells)[0] @ self.coefficients):
+            parts = {"memory": float(elements @ self.slower[1:]), "fixed": float(self.slower[0])}
+        else:
+            parts = {"arithmetic": float(blocks @ self.coefficients[1:]), "fixed": float(self.coefficients[0])}
+        return max(parts, key=parts.__getitem__)  # type: ignore[return-value]
 
     def _sum(self, cells: Cells) -> Floats:
         return np.concatenate([_elements(cells), self._blocks(cells)[:, 1:]], axis=1)

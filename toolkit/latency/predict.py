@@ -74,6 +74,22 @@ class LatencyModel:
         costs = (fit.factor * fit.profiled(c_in, c_out) + self.per_site_ns for fit in fits)
         return max(MIN_COST_NS, *costs)
 
+    def why_flat(self, site: Site, before: tuple[int, int], after: tuple[int, int]) -> str:
+        """Why a site of fewer channels, in and out, takes no less time, as far as the table can tell."""
+        alignment = self.alignments[site.kind]
+        regime = alignment.regime(*after)
+        if alignment.padded(*before) == alignment.padded(*after):
+            wide_in, wide_out = alignment.padded(*after)
+            return f"the runtime pads its channels to the same {wide_in} in and {wide_out} out"
+        if regime != alignment.regime(*before):
+            return "at this width the runtime runs another, slower kernel"
+        fit = self._fits_for(site, regime)[0]
+        return {
+            "fixed": "most of its time is fixed: the launch, and what does not depend on channels",
+            "memory": "it waits for memory, and the channels that went were few of those it moves",
+            "arithmetic": "its blocks are hardly fewer than before",
+        }[fit.formula.bound(np.array([(*after, *alignment.padded(*after))], np.int64))]
+
     def _fits_for(self, site: Site, regime: str) -> list[KernelFit]:
         found = self.fits.get((site.key, regime))
         fits = [found] if found else [fit for (key, _), fit in self.fits.items() if key == site.key]

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from toolkit.report import figures, units
-from toolkit.schema import Comparison, GroupReport, Report
+from toolkit.schema import Comparison, GroupReport, KernelTime, Report
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+IDLE = 0.95  # of its dense time: a cut that leaves more has bought nothing
+UNKNOWN = {
+    "energy_j": "Energy",
+    "p90_ns": "p90",
+    "p95_ns": "p95",
+    "p99_ns": "p99",
+    "clock_hz": "Clock",
+    "temperature_c": "Temperature",
+    "throttled": "Throttled",
+    "cpu_pressure": "Processor pressure",
+    "waiting": "Threads waiting for a core",
+    "steal": "Time stolen by the host",
+    "run_queue": "Runnable tasks",
+    "memory_peak_bytes": "Memory peak",
+}
 
 
 def html(report: Report, comparison: Comparison) -> str:
@@ -44,6 +60,9 @@ def html(report: Report, comparison: Comparison) -> str:
         gauge=_gauge(report),
         quality=_quality(report),
         reasons=_reasons(report, comparison),
+        spent=_spent(report.kernels),
+        unknown=_unknown(comparison),
+        commands=_commands(report, comparison),
         figures={name: Markup(svg) for name, svg in _draw(report, comparison).items()},  # names in them are escaped by matplotlib
     )
 
@@ -87,6 +106,35 @@ def _gauge(report: Report) -> Mapping[str, float]:
 def _reasons(report: Report, comparison: Comparison) -> Sequence[str]:
     """Why the measurement is not valid, each reason once."""
     return list(dict.fromkeys((*report.invalid_reasons, *comparison.dense.invalid_reasons, *comparison.pruned.invalid_reasons)))
+
+
+def _spent(kernels: Sequence[KernelTime]) -> Mapping[str, Any]:
+    """Where the time went in one sentence, and the names of the places whose cut bought nothing, by reason."""
+    before, after = (sum(getattr(kernel, name) for kernel in kernels) for name in ("dense_ns", "pruned_ns"))
+    idle = [(kernel.name, kernel.note) for kernel in kernels if kernel.note and kernel.pruned_ns > IDLE * kernel.dense_ns]
+    saved = sum(kernel.pruned_ns < IDLE * kernel.dense_ns for kernel in kernels)
+    times = f"{units.duration(before)} in the dense network, {units.duration(after, before)} in the pruned one"
+    return {"sentence": f"All {len(kernels)} places together: {times}; {saved} became faster.", "idle": units.by_reason(idle)}
+
+
+def _unknown(comparison: Comparison) -> Mapping[str, str]:
+    """What nothing could tell about the measurement, with the reason, once each."""
+    sides = (comparison.dense, comparison.pruned)
+    found = {name: why for side in sides for name, why in (*side.absent.items(), *side.conditions.absent.items())}
+    return {UNKNOWN.get(name, name): why for name, why in found.items()}
+
+
+def _commands(report: Report, comparison: Comparison) -> Sequence[tuple[str, str]]:
+    """(what it does, the command): to repeat the run, to judge it from outside, to time the files again."""
+    found = [("Repeat it", report.command)]
+    try:
+        words = shlex.split(report.command)
+        out = words[words.index("-o") + 1]
+    except (ValueError, IndexError):
+        return found
+    files = [shlex.quote(str(Path(out, side.artefact))) for side in (comparison.dense, comparison.pruned)]
+    again = f"edgekit bench {' '.join(files)} -p {shlex.quote(report.profile)} --kernels"
+    return [*found, ("Verify it, without edgekit", f"tools/verify {shlex.quote(out)}"), ("Time the files again", again)]
 
 
 def _quality(report: Report) -> Mapping[str, Any]:

@@ -81,6 +81,11 @@ def small(value: float) -> str:
     return f"{value:.2g}"
 
 
+def energy(joules: float) -> str:
+    """`12.4 mJ`."""
+    return f"{1e3 * joules:.3g} mJ"
+
+
 def seconds(value: float) -> str:
     """Wall-clock time: `0.8 s`, `42 s`, `3 min 07 s`."""
     whole = round(value)

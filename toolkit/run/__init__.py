@@ -467,7 +467,7 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
         if 0 in cut and 0 not in shape:
             note = "gone with its branch"
         elif cut != shape and pruned > 0.95 * dense:
-            note = "narrower but not faster: channels are padded to the runtime's block, or fixed overhead dominates"
+            note = f"narrower, not faster: {job.model.why_flat(site, shape, cut)}"
         found.append(KernelTime(name=site.label, key=site.key, dense_ns=dense, pruned_ns=pruned, note=note))
     return tuple(found)
 
