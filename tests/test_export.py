@@ -22,8 +22,8 @@ from toolkit.errors import EdgekitError, MeasurementError, MissingError, ModelEr
 from toolkit.export import DYNAMIC, Quantizing, Wanted, artefact, export_artefacts, from_file, from_program, onnx_, to_onnx
 from toolkit.export.precision import distortion, expected_drop, to_int8
 from toolkit.graph import trace
-from toolkit.run.export import ExportRequest, export
-from toolkit.schema import Preprocess
+from toolkit.run.export import export
+from toolkit.schema import ExportRequest, Preprocess
 
 ORT = backends.get("onnxruntime")
 

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench", "export"),
     ("latency", "prune", "report"),
     ("run",),
+    ("api",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -220,7 +221,7 @@ def test_the_outside_check_imports_nothing_of_edgekit() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["toolkit", "toolkit.schema", "toolkit.profiles", "toolkit.demo", "toolkit.backends", "toolkit.cli"]
+    "module", ["toolkit", "toolkit.schema", "toolkit.profiles", "toolkit.demo", "toolkit.backends", "toolkit.api", "toolkit.cli"]
 )
 def test_importing_the_command_loads_no_framework(module: str) -> None:
     if importlib.util.find_spec(module) is None:

@@ -19,7 +19,7 @@ import click
 from toolkit.errors import EdgekitError, MissingError, UsageError
 
 if TYPE_CHECKING:
-    from toolkit.schema import Preprocess, Profile, Report
+    from toolkit.schema import Budget, Preprocess, Profile, Report, RunRequest, Sweep
 
 Progress = Callable[[str, float, float], None]
 METHODS = ("causal", "cswap", "psap", "crespr", "taylor", "l1", "l2", "random")
@@ -240,7 +240,12 @@ threads_option = click.option(
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
-    "--statistic", type=click.Choice(["median", "p90", "p95", "p99"]), default="median", show_default=True
+    "--statistic",
+    type=click.Choice(["median", "p90", "p95", "p99"]),
+    default="median",
+    show_default=True,
+    metavar="NAME",
+    help="median, p90, p95, p99.",
 )
 
 
@@ -318,7 +323,7 @@ def finish(report: Report, as_json: bool) -> NoReturn:
     cls=Command, example="edgekit run net.py:model --weights w.safetensors --data images/ --input 1x3x32x32 --budget 0.6x"
 )
 @click.argument("model")
-@click.option("--data", required=True, help="Folder (a subfolder a class, or labels.csv) or .npz.")
+@click.option("--data", required=True, help="Image folder or .npz; see the README.")
 @click.option("--eval-data", default="", help="For accuracy; default: a part of --data.")
 @click.option("--classes", default="", help="File, one class name a line.")
 @weights_option
@@ -332,28 +337,38 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 )
 @click.option("--no-repair", is_flag=True, help="Leave the remaining weights as they are.")
 @click.option("--samples", type=click.IntRange(8), default=512, show_default=True, help="Calibration images.")
-@click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring and cutting; 0: as needed.")
+@click.option("--rounds", type=click.IntRange(0, 8), default=0, help="Of scoring; 0: as needed.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Groups to leave whole; repeatable.")
-@click.option("--min-width", type=click.IntRange(1), default=1, metavar="N", help="Fewest channels of a group; default: 1.")
+@click.option("--min-width", type=click.IntRange(1), default=1, metavar="N", help="Fewest channels of a group.")
 @click.option("--max-memory", default="", metavar="SIZE", help="Weights + activations: 512KB, 2MB.")
 @threads_option
 @click.option("--precision", type=click.Choice(["fp32", "int8", "auto"]), default="fp32", show_default=True)
 @click.option("--max-drop", type=click.FloatRange(0), default=1.0, metavar="POINTS", help="int8 may cost by itself; default: 1.")
 @click.option("--finetune", type=click.IntRange(0), default=0, metavar="EPOCHS", help="Train after pruning.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A choice of one method, e.g. psap.epochs=20; repeatable."
-)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Choices of a method: psap.epochs=20.")
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
 @json_option
-def run(
-    model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, where: str, settings: tuple[str, ...], **given: Any
-) -> None:
+def run(budget: str, as_json: bool, **given: Any) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
     MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
     """
-    from toolkit.budget import parse_budget, parse_size
+    from toolkit.budget import parse_budget
+
+    request = request_of(parse_budget(budget), **given)
+    from toolkit import api
+
+    with progress() as shown:
+        report = api.run(request, shown)
+    finish(report, as_json)
+
+
+def request_of(
+    budget: Budget, model: str, max_memory: str, no_repair: bool, where: str, settings: tuple[str, ...], **given: Any
+) -> RunRequest:
+    """What `run` was asked, from its options."""
+    from toolkit.budget import parse_size
     from toolkit.schema import RunRequest
     from toolkit.settings import apply_settings
 
@@ -361,14 +376,54 @@ def run(
         raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
     preprocess, memory = preprocess_of(given), parse_size(max_memory) if max_memory else 0.0
     request = RunRequest(
-        model=model, budget=parse_budget(budget), max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
+        model=model, budget=budget, max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
     )
-    request = apply_settings(request, settings)
-    from toolkit import run as job
+    return apply_settings(request, settings)
+
+
+@cli.command(
+    cls=Command,
+    example="edgekit sweep net.py:model --weights w.safetensors --data images/ --input 1x3x32x32 --budgets 0.9x,0.7x,0.5x",
+)
+@click.option("--budgets", default="0.9x,0.75x,0.6x,0.45x,0.3x", show_default=True, help="Separated by commas: 0.7x, 8ms, 350us.")
+@out_option("sweep-out")
+@json_option
+def sweep(budgets: str, out: str, as_json: bool, **given: Any) -> None:
+    """Prune MODEL to several budgets: accuracy over latency, and its knee.
+
+    One table, one dense measurement and one first scoring serve all. DIR/BUDGET/ holds what `run` leaves, DIR/sweep.html the
+    curve. Run again, it keeps what is finished.
+    """
+    from toolkit.budget import parse_budget
+
+    parsed = [parse_budget(text) for text in budgets.split(",") if text.strip()]
+    if not parsed:
+        raise UsageError("A sweep needs budgets.", "Give them like --budgets 0.9x,0.7x,0.5x.")
+    request = request_of(parsed[0], out=out, **given)
+    from toolkit import api
 
     with progress() as shown:
-        report = job.run(request, shown)
-    finish(report, as_json)
+        found = api.sweep(request, parsed, shown)
+    finish_sweep(found, Path(out), as_json)
+
+
+def finish_sweep(found: Sweep, out: Path, as_json: bool) -> NoReturn:
+    """Print a sweep, its verdict last, and exit with what it says."""
+    from rich.console import Console
+
+    from toolkit import report as reports
+    from toolkit.schema import to_json
+
+    if as_json:
+        click.echo(to_json(found), nl=False)
+    else:
+        Console(soft_wrap=False).print(reports.sweep_text(found))
+        click.echo(f"{out / 'sweep.html'} has the curve; the folder of each budget beside it the files to ship")
+    click.echo(reports.sweep_line(found), err=as_json)
+    raise SystemExit(0 if found.verdict == "met" else 1)
+
+
+sweep.params += [option for option in run.params if option.name not in ("budget", "out", "as_json")]
 
 
 @cli.command(cls=Command, example="edgekit demo --budget 0.5x -o demo-out")
@@ -379,13 +434,44 @@ def run(
 @json_option
 def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
     """The whole job on the network and images in the package."""
-    from toolkit import run as job
-    from toolkit.budget import parse_budget
+    from toolkit import api
 
-    request = job.demo_request(out, parse_budget(budget), profile, seed)
+    request = api.demo_request(budget, out, profile, seed)
     with progress() as shown:
-        report = job.run(request, shown)
+        report = api.run(request, shown)
     finish(report, as_json)
+
+
+@cli.command(cls=Command, example="edgekit prune resnet18 --weights w.safetensors --plan out/plan.json --data images/ -o edited")
+@click.argument("model")
+@click.option("--plan", required=True, help="plan.json of a run, edited or not.")
+@click.option("--data", default="", help="Calibration images, as for `run`; the repair needs them.")
+@weights_option
+@profile_option
+@out_option("edgekit-pruned")
+@input_options
+@click.option("--no-repair", is_flag=True, help="Leave the remaining weights as they are; needs no images.")
+@click.option("--samples", type=click.IntRange(8), default=512, show_default=True, help="Calibration images.")
+@seed_option
+@json_option
+def prune(model: str, plan: str, no_repair: bool, as_json: bool, **given: Any) -> None:
+    """Apply a plan to MODEL: cut, prove, repair, export.
+
+    A plan lists for every channel group the channels that stay (`kept`, ascending); change `kept` and `width_after` together.
+    Groups that the plan does not name stay whole. Nothing is measured: `edgekit bench` is the next command.
+    """
+    preprocess = preprocess_of(given)
+    from toolkit import api
+    from toolkit.report import terminal
+    from toolkit.schema import to_json
+
+    with progress() as shown:
+        found = api.prune(model, plan, progress=shown, preprocess=preprocess, repair=not no_repair, **given)
+    if as_json:
+        click.echo(to_json(found), nl=False)
+        return
+    for line in terminal.pruned(found, given["out"]):
+        click.echo(line)
 
 
 @cli.command(cls=Command, example="edgekit measure resnet18 -p local-onnxruntime -o my_board")
@@ -419,12 +505,22 @@ def measure(
     models that run the same kernels. The profile's batch size and threads are what is measured.
     """
     preprocess = preprocess_of(given)
-    from toolkit import run as job
+    from toolkit import api
     from toolkit.report import terminal
     from toolkit.schema import to_json
 
     with progress() as shown:
-        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown, out)  # type: ignore[arg-type]
+        table = api.measure(
+            model,
+            profile,
+            shown,
+            weights=weights,
+            preprocess=preprocess,
+            threads=threads,
+            precision=precision,  # type: ignore[arg-type]
+            seed=seed,
+            out=out,
+        )
     if as_json:
         click.echo(to_json(table), nl=False)
         return
@@ -501,17 +597,17 @@ def bench(
     """
     from rich.console import Console
 
+    from toolkit import api
     from toolkit import report as reports
-    from toolkit.run.bench import bench as measure_all
     from toolkit.schema import to_json
 
     with progress(between=True) as shown:
-        found = measure_all(
+        found = api.bench(
             artefacts,
             profile,
             shown,
             threads=threads,
-            statistic=statistic,  # type: ignore[arg-type]
+            statistic=statistic,
             sustained_s=sustained,
             with_startup=not no_startup,
             with_kernels=kernels,
@@ -569,13 +665,12 @@ def export(model: str, as_json: bool, **given: Any) -> None:
     edgekit export resnet18 --weights w.safetensors --precision fp16
     """
     preprocess = preprocess_of(given)
+    from toolkit import api
     from toolkit.report import terminal
-    from toolkit.run.export import ExportRequest
-    from toolkit.run.export import export as job
     from toolkit.schema import to_json
 
     with progress() as shown:
-        found = job(ExportRequest(model=model, preprocess=preprocess, **given), shown)
+        found = api.export(api.ExportRequest(model=model, preprocess=preprocess, **given), shown)
     if as_json:
         click.echo(to_json(found), nl=False)
         return
@@ -583,18 +678,57 @@ def export(model: str, as_json: bool, **given: Any) -> None:
         click.echo(line)
 
 
-@cli.command(cls=Command, example="edgekit report out/")
-@click.argument("folder", type=click.Path(path_type=Path))
+@cli.command(cls=Command, example="edgekit report out/ other-out/ -o compared.html")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", "file", type=click.Path(path_type=Path), help="Of several runs: write a page with their picture.")
 @json_option
-def report(folder: Path, as_json: bool) -> None:
-    """Show a finished run and write its report.html anew."""
-    from toolkit import report as reports
-    from toolkit.schema import Comparison, Report, load_json, write_text
+def report(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
+    """Show a finished run or sweep and write its page anew; compare several.
 
-    found = load_json(Report, folder / "report.json")
+    \b
+    edgekit report out/                   one run: report.html, as `run` wrote it
+    edgekit report out/ other-out/        several, and the points of sweeps: one table, the best marked
+
+    Runs of another device or with other evaluation images are shown, not ranked, and the exit code is 1.
+    """
+    from toolkit import api
+    from toolkit import report as reports
+    from toolkit.schema import Comparison, Sweep, load_json, write_text
+
+    if len(folders) > 1:
+        show_compared(folders, file, as_json)
+    if file is not None:
+        raise UsageError("One run has a page of its own.", f"Look at {folders[0] / 'report.html'}, or give a second folder.")
+    folder = folders[0]
+    if (folder / "sweep.json").exists() and not (folder / "report.json").exists():
+        swept = load_json(Sweep, folder / "sweep.json")
+        write_text(folder / "sweep.html", reports.sweep_html(swept))
+        finish_sweep(swept, folder, as_json)
+    found = api.load_report(folder)
     comparison = load_json(Comparison, folder / "measurements" / "comparison.json")
-    write_text(folder / "report.html", reports.html(found, comparison))
+    with progress() as shown:
+        shown("report", 0, 1)
+        write_text(folder / "report.html", reports.html(found, comparison))
     finish(found, as_json)
+
+
+def show_compared(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> NoReturn:
+    """Print several finished runs beside each other, and exit with whether they may be compared."""
+    from rich.console import Console
+
+    from toolkit import api
+    from toolkit import report as reports
+    from toolkit.schema import to_json, write_text
+
+    found = api.compare(folders)
+    if file is not None:
+        write_text(file, reports.comparison_html(found))
+    if as_json:
+        click.echo(to_json(found), nl=False)
+    else:
+        Console(soft_wrap=False).print(reports.comparison_text(found))
+    click.echo(reports.comparison_line(found), err=as_json)
+    raise SystemExit(0 if found.comparable else 1)
 
 
 @cli.command(cls=Command, example="edgekit profiles local-openvino")
@@ -604,9 +738,10 @@ def profiles(profile: str | None, as_json: bool) -> None:
     """List the hardware profiles, or show one with its latency table."""
     import msgspec
 
+    from toolkit import api
     from toolkit import profiles as known
 
-    found = [known.load(profile)] if profile else list(known.list_profiles())
+    found = [known.load(profile)] if profile else list(api.list_profiles())
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
         return

@@ -647,6 +647,63 @@ class Benchmark(Record, frozen=True, kw_only=True):
     gates: tuple[Gate, ...] = ()
 
 
+# --- export ------------------------------------------------------------------------------------------------------------
+
+
+class ExportRequest(Record, frozen=True, kw_only=True):
+    """The whole of what `edgekit export` was asked. `preprocess` None: the model's own, where it has one."""
+
+    model: str  # as `run` takes it, or a file that ends in .onnx
+    out: str
+    profile: str = "local-onnxruntime"
+    weights: str = ""
+    preprocess: Preprocess | None = None
+    precision: Precision | None = None  # the profile's
+    data: str = ""  # calibration images; int8 needs them
+    samples: int = 256
+    seed: int = 0
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    max_drop: float = 1.0
+    keep_float: tuple[str, ...] = ()
+    opset: int = 0  # 0: edgekit's own, or the file's
+    dynamic_batch: bool = False
+    compute_capability: str = ""  # empty: the profile's
+
+
+class Exported(Record, frozen=True, kw_only=True):
+    """`export.json`: what was asked, what was written, and its latency as a share of the fp32 file's.
+
+    Where layers were left in float, the second ratio is that of the file with none: the difference is what they cost.
+    """
+
+    schema: int = 1
+    request: ExportRequest
+    profile: Profile
+    artefacts: tuple[Artefact, ...]
+    ratios: tuple[Ratio, ...] = ()
+    fp32_ns: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class Pruned(Record, frozen=True, kw_only=True):
+    """`pruned.json`: what applying a plan gave. Nothing of it was measured on the device."""
+
+    schema: int = SCHEMA
+    model: str
+    plan: str
+    profile: str
+    widths: dict[str, int]
+    parameters_dense: int
+    parameters_pruned: int
+    macs_dense: int
+    macs_pruned: int
+    proof_max_relative_error: float
+    distortion: tuple[float, float] | None  # on held-back images before and after the repair; None: there was none
+    repaired: bool
+    artefacts: tuple[Artefact, ...]
+    next_command: str
+
+
 # --- report -------------------------------------------------------------------------------------------------------------
 
 
@@ -755,6 +812,86 @@ class Report(Record, frozen=True, kw_only=True):
     environment: dict[str, str]
     command: str
     notes: tuple[str, ...] = ()
+
+
+class SweepPoint(Record, frozen=True, kw_only=True):
+    """One budget of a sweep. `refused`: there is no such network, `reason` says why; what it would have measured is None then."""
+
+    budget: str  # as the user wrote it
+    folder: str  # of the run's files, within the sweep's
+    verdict: Literal["met", "missed", "refused"]
+    valid: bool = False
+    reason: str = ""
+    budget_ns: float
+    measured_ns: float | None = None
+    measured_ci95_ns: tuple[float, float] | None = None
+    speedup: float | None = None
+    speedup_ci95: tuple[float, float] | None = None
+    accuracy: float | None = None
+    accuracy_change_ci95: tuple[float, float] | None = None
+    agreement: float | None = None
+    parameters: int | None = None
+    size_bytes: int | None = None
+    rounds: int = 0  # of scoring and cutting that led to it
+    wall_s: float = 0.0  # what this point took beside what all share
+
+
+class Sweep(Record, frozen=True, kw_only=True):
+    """`sweep.json`: several budgets of one model on one device, from one table and one first scoring."""
+
+    schema: int = SCHEMA
+    verdict: Literal["met", "missed"]  # met: all budgets, validly
+    model: str
+    method: str
+    profile: str
+    runtime: str
+    fingerprint: str
+    statistic: Statistic
+    precision: Precision
+    dense_ns: float | None  # of the point with the loosest budget; None where all were refused
+    accuracy_dense: float | None
+    parameters_dense: int | None
+    evaluation_images: int | None
+    points: tuple[SweepPoint, ...]  # from the loosest budget to the tightest
+    knee: str  # budget of the point after which accuracy falls fastest for the time that is saved; empty: there is none
+    knee_why: str
+    wall_s: dict[str, float]  # what all points share, and `points`
+    command: str
+
+
+class Compared(Record, frozen=True, kw_only=True):
+    """One finished run beside others."""
+
+    folder: str
+    budget: str
+    verdict: Literal["met", "missed"]
+    valid: bool
+    model: str
+    method: str
+    precision: Precision
+    profile: str
+    statistic: Statistic
+    dense_ns: float
+    measured_ns: float
+    measured_ci95_ns: tuple[float, float]
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    accuracy_dense: float | None
+    accuracy: float | None
+    accuracy_change_ci95: tuple[float, float] | None
+    agreement: float
+    parameters: int
+    size_bytes: int
+    best: bool  # no other run that it may be compared with is both as fast and as accurate, and better in one
+    differs: tuple[str, ...] = ()  # in what it may not be compared with the first
+
+
+class RunComparison(Record, frozen=True, kw_only=True):
+    """What `edgekit report A B ...` answers. Runs that differ in device, runtime or images are shown and not ranked."""
+
+    schema: int = SCHEMA
+    runs: tuple[Compared, ...]
+    comparable: bool  # all of them
 
 
 # --- files --------------------------------------------------------------------------------------------------------------

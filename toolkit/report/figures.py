@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.report import units
 from toolkit.schema import NO_BUDGET, Comparison, GroupReport, KernelTime, Measurement, Report
@@ -51,6 +51,19 @@ _STYLE = {
     "legend.fontsize": 11,
 }
 _LEGEND: dict[str, Any] = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderpad": 0.2}
+
+
+class Network(NamedTuple):
+    """A network in the picture of several: latency against accuracy, or agreement where there are no labels; 0-1."""
+
+    name: str
+    latency_ns: float
+    latency_ci95_ns: tuple[float, float]
+    quality: float
+    quality_ci95: tuple[float, float]
+    best: bool = False  # on the front
+    good: bool = True  # met and valid
+    dense: bool = False
 
 
 def _draw(name: str, height: float, paint: Callable[[Figure], None]) -> str:
@@ -354,3 +367,33 @@ def _rest(kernels: Sequence[KernelTime]) -> str:
         return ""
     before, after = (units.duration(sum(getattr(kernel, name) for kernel in kernels)) for name in ("dense_ns", "pruned_ns"))
     return f"   ({len(kernels)} more: {before} → {after})"
+
+
+# --- several networks ------------------------------------------------------------------------------------------------------
+
+
+def pareto(points: Sequence[Network], quality: str, marked: str = "") -> str:
+    """Quality over measured latency, with the 95 % intervals of both; the network named `marked` is ringed."""
+    unit, scale = units.time_unit(max(point.latency_ns for point in points))
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        best = sorted((point for point in points if point.best), key=lambda point: point.latency_ns)
+        axes.plot([p.latency_ns / scale for p in best], [100 * p.quality for p in best], color=_COLOUR["rule"], zorder=1)
+        for point in points:
+            x, y = point.latency_ns / scale, 100 * point.quality
+            colour = _COLOUR["dense" if point.dense else "pruned" if point.good else "critical"]
+            low, high = (bound / scale for bound in point.latency_ci95_ns)
+            axes.plot([low, high], [y, y], color=colour, linewidth=1.2)
+            axes.plot([x, x], [100 * bound for bound in point.quality_ci95], color=colour, linewidth=1.2)
+            axes.plot(x, y, "o", color=colour, markersize=5)
+            if point.name == marked:
+                axes.plot(
+                    x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=_COLOUR["budget"], markeredgewidth=1.5
+                )
+            axes.annotate(_clean(point.name), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=10)
+        axes.margins(x=0.12, y=0.12)
+        axes.set_xlabel(f"measured latency, {unit}")
+        axes.set_ylabel(f"{quality}, %")
+
+    return _draw("pareto", 280, paint)

@@ -16,6 +16,7 @@ from toolkit.schema import (
     KernelDifference,
     KernelProfile,
     Measurement,
+    Pruned,
     Ratio,
     Report,
     TableHeader,
@@ -371,3 +372,18 @@ def exported(out: str, artefacts: Sequence[Artefact], ratios: Sequence[Ratio], f
     if len(ratios) > 1:
         lines.append(f"latency with no layer in float: {ratios[1].value:.3f}x")
     return [*lines, *(f"note: {note}" for note in notes)]
+
+
+def pruned(found: Pruned, out: str) -> list[str]:
+    """What `edgekit prune` wrote, and the command that measures it."""
+    lines = [
+        f"parameters {units.count(found.parameters_dense)} -> {units.count(found.parameters_pruned)},"
+        f" MACs {units.count(found.macs_dense)} -> {units.count(found.macs_pruned)};"
+        f" slices proved to {units.small(found.proof_max_relative_error)} relative",
+    ]
+    if found.distortion is not None:
+        before, after = found.distortion
+        verb = "kept" if found.repaired else "not kept, it did not help"
+        lines.append(f"repair {verb}: distortion on held-back images {units.small(before)} -> {units.small(after)}")
+    lines += exported(out, found.artefacts, (), 0.0, ())
+    return [*lines, "not measured yet; run:", f"  {found.next_command}"]

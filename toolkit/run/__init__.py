@@ -117,6 +117,26 @@ def run(request: RunRequest, progress: Progress) -> Report:
     Raises:
         EdgekitError: with what was wrong and what to run next; a missed budget is no error but the report's verdict.
     """
+    check_request(request)
+    clock, out = Clock(), Path(request.out)
+    precisions: tuple[Precision, ...] = ("fp32", "int8") if request.precision == "auto" else (request.precision,)
+    targets = [open_target(request.profile, request.threads, precision) for precision in precisions]
+    begin = start(request, targets[0], out, clock, progress)
+    try:
+        job, choices, first = open_jobs(begin, targets)
+        with clock.step("prune"):
+            outcome = prune(job, first)
+        return deliver(begin, job, outcome, clock, choices)
+    finally:
+        tidy(out)
+
+
+def check_request(request: RunRequest) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        UsageError: it does.
+    """
     if request.max_memory_bytes and request.budget.unlimited:
         raise UsageError("--max-memory needs a latency budget.", "Give one that the dense network meets: --budget 1x.")
     if request.max_memory_bytes and request.precision != "fp32":
@@ -124,9 +144,10 @@ def run(request: RunRequest, progress: Progress) -> Report:
         raise UsageError(message, "Run it again with --precision fp32, or without it.")
     if request.precision == "auto" and request.budget.unlimited:
         raise UsageError("Without a budget there is nothing to choose a precision by.", "Give one, or --precision int8.")
-    clock, out = Clock(), Path(request.out)
-    precisions: tuple[Precision, ...] = ("fp32", "int8") if request.precision == "auto" else (request.precision,)
-    targets = [open_target(request.profile, request.threads, precision) for precision in precisions]
+
+
+def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress: Progress) -> Beginning:
+    """Model, images, and the dense network written into `out` and measured."""
     with clock.step("trace"):
         progress("trace", 0, 1)
         traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
@@ -137,39 +158,55 @@ def run(request: RunRequest, progress: Progress) -> Report:
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)
-        dense = export_dense(targets[0], traced, images, out, request.model)
-        dense_path = out / f"dense{targets[0].artefact_suffix}"
-        measured = benches.measure(targets[0].profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
+        dense = export_dense(target, traced, images, out, request.model)
+        dense_path = out / f"dense{target.artefact_suffix}"
+        measured = benches.measure(target.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
         progress("dense model", 1, 1)
-    try:
-        begin = Beginning(request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress)
-        job, choices, first = open_jobs(begin, targets)
-        with clock.step("prune"):
-            outcome = prune(job, first)
-        chosen = outcome.attempt
-        with clock.step("deliver"):
-            artefacts = (*dense, *move(chosen, out))
-            save_program(chosen.cut.state.program, out / "model.pt2")
-            save_weights(chosen.cut.state.program, out / "weights.safetensors")
-        with clock.step("evaluate"):
-            before = predictions(job.target, dense_path, images, "accuracy, dense", progress)
-            after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
-            accuracy = judge(before, after, images.labels)
-            unpruned = quantized_dense(job, before)
-    finally:
-        for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    report = compose(job, traced, outcome, accuracy, held, clock, unpruned)
+    return Beginning(
+        request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress, held=held, dense=dense
+    )
+
+
+def deliver(
+    begin: Beginning,
+    job: loop.Job,
+    outcome: loop.Outcome,
+    clock: Clock,
+    choices: tuple[PrecisionChoice, ...] = (),
+    before: np.ndarray[Any, Any] | None = None,
+) -> Report:
+    """What pruning led to, written whole into the job's folder. `before`: the dense network's predictions, where known."""
+    chosen, out, images, progress = outcome.attempt, job.folder, job.images, job.progress
+    with clock.step("deliver"):
+        artefacts = (*begin.dense, *move(chosen, out))
+        save_program(chosen.cut.state.program, out / "model.pt2")
+        save_weights(chosen.cut.state.program, out / "weights.safetensors")
+    with clock.step("evaluate"):
+        if before is None:
+            before = predictions(job.target, job.dense_path, images, "accuracy, dense", progress)
+        after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
+        accuracy = judge(before, after, images.labels)
+        unpruned = quantized_dense(job, before)
+    report = compose(job, begin.traced, outcome, accuracy, begin.held, clock, unpruned)
     report = msgspec.structs.replace(report, precision_choices=choices)
-    write_run(job, traced, outcome, artefacts, report)
+    write_run(job, begin.traced, outcome, artefacts, report)
     return report
 
 
-def prune(job: loop.Job, first: Scores | None) -> loop.Outcome:
-    """The network that the request's method makes of the dense one, measured; each method has a module of its own."""
+def tidy(out: Path) -> None:
+    """Remove what only the way to a result needed."""
+    for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(job: loop.Job, first: Scores | None, ladder: Sequence[loop.Rung] = ()) -> loop.Outcome:
+    """The network that the request's method makes of the dense one, measured; each method has a module of its own.
+
+    `ladder`: networks of looser budgets, for a method that can go on from them.
+    """
     if job.request.budget.unlimited:
         return loop.without_budget(job)
-    return loop.close(job, first)
+    return loop.close(job, first, ladder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +222,8 @@ class Beginning:
     dense_ns: float
     clock: Clock
     progress: Progress
+    held: Mapping[str, str]  # groups that are left whole, with the reason
+    dense: tuple[Artefact, ...]
 
 
 def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tuple[PrecisionChoice, ...], Scores | None]:
@@ -219,6 +258,15 @@ def open_job(begin: Beginning, target: Target) -> loop.Job:
     Raises:
         BudgetError: the budget is under the floor.
     """
+    job = job_without_floor(begin, target)
+    if begin.request.budget.unlimited:
+        return job
+    with begin.clock.step("floor"):
+        return dataclasses.replace(job, floor=loop.check_floor(job))
+
+
+def job_without_floor(begin: Beginning, target: Target) -> loop.Job:
+    """Everything up to pruning but the floor."""
     request, clock, program = begin.request, begin.clock, begin.traced.program
     exact_ns = request.budget.latency_ns
     lowered = None
@@ -250,10 +298,7 @@ def open_job(begin: Beginning, target: Target) -> loop.Job:
         job = dataclasses.replace(job, lowered=loop.Lowered(path, measured, how, record))
     if exact_ns:
         job = dataclasses.replace(job, budget=exact_ns / loop.steady_ns(job, begin.dense_ns))
-    if request.budget.unlimited:
-        return job
-    with clock.step("floor"):
-        return dataclasses.replace(job, floor=loop.check_floor(job))
+    return job
 
 
 def clear(out: Path) -> None:
@@ -319,7 +364,7 @@ def compose(
     traced: Traced,
     outcome: loop.Outcome,
     accuracy: Accuracy,
-    held: dict[str, str],
+    held: Mapping[str, str],
     clock: Clock,
     unpruned: QuantizedDense | None,
 ) -> Report:

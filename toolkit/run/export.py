@@ -20,44 +20,9 @@ from toolkit.errors import DataError, MissingError, ModelError, UsageError
 from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
 from toolkit.export.onnx_ import OPSET
 from toolkit.run.prepare import Progress, load_and_trace, transform_of
-from toolkit.schema import Artefact, Format, Precision, Preprocess, Profile, Ratio, Record, load_json, save_json
+from toolkit.schema import Artefact, Exported, ExportRequest, Format, Precision, Preprocess, Profile, load_json, save_json
 
 LEAST_IMAGES = 8
-
-
-class ExportRequest(Record, frozen=True, kw_only=True):
-    """The whole of what `edgekit export` was asked. `preprocess` None: the model's own, where it has one."""
-
-    model: str  # as `run` takes it, or a file that ends in .onnx
-    out: str
-    profile: str = "local-onnxruntime"
-    weights: str = ""
-    preprocess: Preprocess | None = None
-    precision: Precision | None = None  # the profile's
-    data: str = ""  # calibration images; int8 needs them
-    samples: int = 256
-    seed: int = 0
-    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
-    max_drop: float = 1.0
-    keep_float: tuple[str, ...] = ()
-    opset: int = 0  # 0: edgekit's own, or the file's
-    dynamic_batch: bool = False
-    compute_capability: str = ""  # empty: the profile's
-
-
-class Exported(Record, frozen=True, kw_only=True):
-    """`export.json`: what was asked, what was written, and its latency as a share of the fp32 file's.
-
-    Where layers were left in float, the second ratio is that of the file with none: the difference is what they cost.
-    """
-
-    schema: int = 1
-    request: ExportRequest
-    profile: Profile
-    artefacts: tuple[Artefact, ...]
-    ratios: tuple[Ratio, ...] = ()
-    fp32_ns: float = 0.0
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,25 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A network that pruning can go on from: the dense one, or one on the way to a looser budget."""
+
+    state: State
+    share: float  # of the dense latency
+    rounds: int = 0  # of cutting that led here
+    history: tuple[Scores, ...] = ()  # of the networks before it, the dense one's first
+    scores: Scores | None = None  # its own, where it has been scored
+    proof: float = 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
     attempt: Attempt
     scores: tuple[Scores, ...]  # one a round, the first of the dense network
     iterations: tuple[Iteration, ...]
     rounds: int
     proof: float
+    ladder: tuple[Rung, ...] = ()  # the networks on the way, and the one delivered
 
 
 def rounds_for(budget: float, method: str = "causal") -> int:
@@ -175,14 +188,27 @@ def check_floor(job: Job) -> Floor:
     Raises:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
     """
+    return above(job, *measure_floor(job))
+
+
+def measure_floor(job: Job) -> tuple[Mapping[str, int], Comparison]:
+    """The narrowest widths, and how they compare with the dense network."""
     groups = job.program.groups
     lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns, memory=job.memory_limit())
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     write(job, state, folder)
-    measured = compare(job, job.pruned_path(folder), lowest.widths)
+    return lowest.widths, compare(job, job.pruned_path(folder), lowest.widths)
+
+
+def above(job: Job, widths: Mapping[str, int], measured: Comparison) -> Floor:
+    """The floor, where the budget is not under it.
+
+    Raises:
+        BudgetError: it is.
+    """
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
-        return Floor(lowest.widths, measured.ratio)
+        return Floor(widths, measured.ratio)
     dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
     smallest = measured.ratio_ci95[1] * 1.06
     named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
@@ -351,10 +377,7 @@ def choose(jobs: Sequence[Job]) -> tuple[Job, list[float], Scores]:
     """
     job = jobs[0]
     widths = {name: tuple(sorted({w for each in jobs for w in each.candidates[name]})) for name in job.candidates}
-    scores = score(
-        job.program, State(job.program), job.images.calibration, widths, job.request.method,
-        repair=job.request.repair, round_=0, seed=job.request.seed, effect_passes=EFFECT_PASSES, progress=job.progress,
-    )  # fmt: skip
+    scores = score_round(job, State(job.program), 0, widths)
     lost = []
     for each in jobs:
         found = propose(each, State(each.program), scores, AIM * each.budget)
@@ -362,29 +385,58 @@ def choose(jobs: Sequence[Job]) -> tuple[Job, list[float], Scores]:
     return jobs[lost.index(min(lost))], lost, scores
 
 
-def close(job: Job, first: Scores | None = None) -> Outcome:
-    """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget.
+def score_round(job: Job, state: State, round_: int, candidates: Mapping[str, Sequence[int]] | None = None) -> Scores:
+    """Scores of the network as it stands after so many rounds; effects of single channels in the first, in C-SWAP in each."""
+    return score(
+        job.program, state, job.images.calibration, candidates or options(job, state), job.request.method,
+        repair=job.request.repair, round_=round_, seed=job.request.seed,
+        effect_passes=EFFECT_PASSES if round_ == 0 or job.request.method == "cswap" else 0.0, progress=job.progress,
+    )  # fmt: skip
 
-    `first`: the scores of the dense network, where they are known.
-    """
+
+def rounds_asked(job: Job) -> int:
+    """How many rounds lead from the dense network to the budget."""
     limit = job.memory_limit()
     tightest = min(job.budget / job.base, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
-    rounds = job.request.rounds or rounds_for(tightest, job.request.method)
+    return job.request.rounds or rounds_for(tightest, job.request.method)
+
+
+def rung_for(job: Job, ladder: Sequence[Rung]) -> Rung:
+    """Where to go on from: as many rounds in all as a run of its own has, or more, from a network that is still too slow.
+
+    One that has been scored is taken where the last step from it is no longer than the steps of a run of its own; else the
+    fastest, which must be scored first.
+    """
+    dense, asked = Rung(State(job.program), job.base), rounds_asked(job)
+    aim, step = AIM * job.budget, (job.budget / job.base) ** (1 / asked)
+    usable = [each for each in ladder if each.share > aim and (each.rounds < asked or not job.request.rounds)]
+    scored = [each for each in usable if each.scores and each.rounds + 1 >= asked and aim / each.share >= AIM * step]
+    return min(scored or usable or [dense], key=lambda each: (each.share, -each.rounds, each.scores is None))
+
+
+def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) -> Outcome:
+    """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget.
+
+    `first`: the scores of the dense network, where they are known. `ladder`: networks of looser budgets to go on from.
+    """
     whole = job.lowered is not None and job.upper(job.lowered.measured) <= HIGHEST  # nothing need go
-    rounds = 1 if whole else rounds
-    state, scale, proof = State(job.program), 1.0, 0.0
-    history: list[Scores] = []
+    start = Rung(State(job.program), job.base, scores=first)
+    start = start if whole else rung_for(job, [start, *ladder])
+    rounds = 1 if whole else max(1, rounds_asked(job) - start.rounds)
+    state, scale, proof = start.state, 1.0, start.proof
+    history: list[Scores] = list(start.history)
     iterations: list[Iteration] = []
+    rungs: list[Rung] = []
+    reached = start.share if start.rounds else AIM * job.base
     for r in range(rounds):
-        scores = first if first and r == 0 else score(
-            job.program, state, job.images.calibration, options(job, state), job.request.method,
-            repair=job.request.repair, round_=r, seed=job.request.seed,
-            effect_passes=EFFECT_PASSES if r == 0 or job.request.method == "cswap" else 0.0, progress=job.progress,
-        )  # fmt: skip
+        scores = start.scores if r == 0 and start.scores else score_round(job, state, start.rounds + r)
+        share_now = iterations[-1].ratio if iterations else start.share
+        rungs.append(Rung(state, share_now, start.rounds + r, tuple(history), scores, proof))
         history.append(scores)
         last = r == rounds - 1
         part = (r + 1) / rounds
-        share = 1.001 * job.base if whole else AIM * job.base * (job.budget / job.base) ** part
+        share = 1.001 * job.base if whole else reached * (AIM * job.budget / reached) ** part
+        part = 1.0 if start.rounds else part  # of the way to the memory limit: looser budgets have kept to it
         tried: list[Attempt] = []
         for turn in range(MAX_ITERATIONS if last else 1):
             allocation = solve(job, state, scores, share / scale, part, REFINEMENTS if last else 1)
@@ -412,7 +464,9 @@ def close(job: Job, first: Scores | None = None) -> Outcome:
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
         state = found.cut.state
-    return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
+    chosen, done = deliver(job, tried), start.rounds + rounds
+    rungs.append(Rung(chosen.cut.state, confirmation(chosen).ratio, done, tuple(history), None, proof))
+    return Outcome(chosen, tuple(history), tuple(iterations), done, proof, tuple(rungs))
 
 
 def without_budget(job: Job) -> Outcome:
