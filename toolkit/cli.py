@@ -237,6 +237,7 @@ threads_option = click.option(
     callback=lambda context, parameter, value: value or 0,
     help="Default: the profile's.",
 )
+on_option = click.option("--on", default="", metavar="URL", help="Measure on ssh://[user@]host[:port]; default: this machine.")
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
@@ -344,10 +345,10 @@ def finish(report: Report, as_json: bool) -> NoReturn:
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A choice of one method, e.g. psap.epochs=20; repeatable."
 )
 @seed_option
-@click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
+@on_option
 @json_option
 def run(
-    model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, where: str, settings: tuple[str, ...], **given: Any
+    model: str, budget: str, max_memory: str, no_repair: bool, as_json: bool, settings: tuple[str, ...], **given: Any
 ) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
@@ -357,8 +358,6 @@ def run(
     from toolkit.schema import RunRequest
     from toolkit.settings import apply_settings
 
-    if where and where != "local":
-        raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
     preprocess, memory = preprocess_of(given), parse_size(max_memory) if max_memory else 0.0
     request = RunRequest(
         model=model, budget=parse_budget(budget), max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
@@ -400,6 +399,7 @@ def demo(budget: str, profile: str, out: str, seed: int, as_json: bool) -> None:
     help="Default: the profile's. bf16 is OpenVINO's.",
 )
 @seed_option
+@on_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a measured profile: a folder that -p takes elsewhere.")
 @json_option
 def measure(
@@ -409,6 +409,7 @@ def measure(
     threads: int,
     precision: str | None,
     seed: int,
+    on: str,
     out: Path | None,
     as_json: bool,
     **given: Any,
@@ -424,7 +425,7 @@ def measure(
     from toolkit.schema import to_json
 
     with progress() as shown:
-        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown, out)  # type: ignore[arg-type]
+        table = job.measure(model, weights, preprocess, profile, threads, precision, seed, shown, out, on)  # type: ignore[arg-type]
     if as_json:
         click.echo(to_json(table), nl=False)
         return
@@ -469,6 +470,7 @@ def parse_share(context: click.Context, parameter: click.Parameter, value: str |
 @cli.command(cls=Command, example="edgekit bench out/dense.onnx out/model.onnx --kernels")
 @click.argument("artefacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @profile_option
+@on_option
 @threads_option
 @statistic_option
 @click.option("--sustained", callback=parse_seconds, metavar="TIME", help="Run for so long first, such as 60s: the warm device.")
@@ -481,6 +483,7 @@ def parse_share(context: click.Context, parameter: click.Parameter, value: str |
 def bench(
     artefacts: tuple[Path, ...],
     profile: str,
+    on: str,
     threads: int,
     statistic: str,
     sustained: float,
@@ -511,6 +514,7 @@ def bench(
             profile,
             shown,
             threads=threads,
+            on=on,
             statistic=statistic,  # type: ignore[arg-type]
             sustained_s=sustained,
             with_startup=not no_startup,

@@ -424,12 +424,13 @@ class Worker:
         made, median_ns = warm_up(self.loaded[handle].call)
         return {"made": made, "median_ns": median_ns}
 
-    def timed(self, visits: list[Any], seconds: float, group: int) -> dict[str, Any]:
-        """Visits in order, whole groups of them, until the seconds are over or none is left."""
+    def timed(self, visits: list[Any], seconds: float, group: int, first: int, least: int) -> dict[str, Any]:
+        """Visits in order, whole groups after the first ones, until the seconds are over or none is left."""
         end = time.perf_counter_ns() + int(min(seconds, TURN_LIMIT_S) * 1e9)
         turns, readings = [], {}
         for position, (handle, lead, burst, read) in enumerate(visits[:MAX_VISITS]):
-            if position and position % max(1, group) == 0 and time.perf_counter_ns() > end:
+            enough = position >= max(1, first + least * group) and (position - first) % max(1, group) == 0
+            if enough and time.perf_counter_ns() > end:
                 break
             call = self.loaded[handle].call
             for _ in range(lead):

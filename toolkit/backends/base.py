@@ -17,7 +17,8 @@ from toolkit.errors import MeasurementError, UsageError
 from toolkit.schema import Format, Shape
 
 __all__ = [
-    "PROFILE_WARMUP", "Array", "Backend", "Feeds", "KernelSample", "Session", "random_feeds", "require_file", "running", "shorten",
+    "PROFILE_WARMUP", "Array", "Backend", "Feeds", "KernelSample", "Session",
+    "random_feeds", "require_file", "running", "shorten",
 ]  # fmt: skip
 
 Array = NDArray[np.generic]

@@ -101,7 +101,7 @@ def work(folder: str, pipe: socket.socket) -> None:
 # --- the agent --------------------------------------------------------------------------------------------------------------
 
 
-class Ended(Exception):
+class Ended(BaseException):
     """The other side is gone (`kept`: the folder waits for it), or said goodbye."""
 
     def __init__(self, kept: bool) -> None:
@@ -126,7 +126,7 @@ class Agent:
     # what comes in
 
     def fill(self, timeout_s: float, *others: int) -> bool:
-        """Read what there is of the input; True when another descriptor has something first. Ended: no sign of life, or closed."""
+        """Read what there is of the input; True when another descriptor has something first. Ended: it is closed, or silent."""
         ready = select.select([0, *others], [], [], timeout_s)[0]
         if 0 in ready:
             data = os.read(0, 1 << 16)
