@@ -30,6 +30,11 @@ FILES = {
     "sys/class/thermal/thermal_zone0/temp": "99000\n",
     "sys/class/thermal/thermal_zone1/type": "cpu-thermal\n",
     "sys/class/thermal/thermal_zone1/temp": "51500\n",
+    "sys/class/devfreq/gpu/cur_freq": "624750000\n",
+    "sys/class/hwmon/hwmon0/name": "ina3221\n",
+    "sys/class/hwmon/hwmon0/in1_input": "5000\n",
+    "sys/class/hwmon/hwmon0/curr1_input": "800\n",
+    "sys/class/hwmon/hwmon1/power1_input": "2500000\n",
     "sys/class/powercap/intel-rapl:0/name": "package-0\n",
     "sys/class/powercap/intel-rapl:0/energy_uj": "900000\n",
     "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "1000000\n",
@@ -52,6 +57,7 @@ def test_every_sensor_is_read(machine: Path) -> None:
     assert (reading.steal_ticks, reading.all_ticks) == (50, 1000)
     assert reading.clock_hz == 2.4e9  # the busy core's, not an idle one's
     assert reading.temperature_c == 51.5  # the processor's, not the battery's
+    assert reading.accelerator_hz == 624_750_000 and reading.power_w == pytest.approx(5 * 0.8 + 2.5)
     assert reading.throttled == 7 and reading.absent == {}
 
 
@@ -61,7 +67,7 @@ def test_every_sensor_is_read(machine: Path) -> None:
         ("proc/self/task", "waiting"), ("proc/pressure", "cpu_pressure"), ("proc/stat", "steal"), ("proc/loadavg", "run_queue"),
         ("sys/devices/system/cpu/cpu0/cpufreq", ""), ("sys/class/thermal", "temperature_c"),
         ("sys/devices/system/cpu", "clock_hz"), ("sys/devices/system/cpu", "throttled"),
-        ("sys/class/powercap", "energy_j"), ("proc/self/clear_refs", "memory_peak_bytes"),
+        ("sys/class/devfreq", "accelerator_hz"), ("sys/class/hwmon", "power_w"), ("sys/class/powercap", "energy_j"), ("proc/self/clear_refs", "memory_peak_bytes"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_tell_is_named_with_its_place(machine: Path, gone: str, name: str) -> None:

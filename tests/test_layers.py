@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom. A unit is a module or a folder of `toolkit`; it imports from units of lower rows and from itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("drivers", "errors"),
     ("schema",),
     ("budget", "demo", "programs", "settings", "weights"),
     ("graph", "models", "profiles"),
@@ -35,11 +35,11 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FRAMEWORKS: dict[str, set[str]] = {
     "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune"},
     "torchvision": {"models"},
-    "onnx": {"backends", "bench", "export", "latency"},
+    "onnx": {"backends", "bench", "devices.ssh", "export", "latency"},
     "onnxscript": {"export"},
     "onnxsim": {"export"},
-    "onnxruntime": {"backends.ort", "export.precision"},  # its fp16 converter
-    "openvino": {"backends.openvino_"},
+    "onnxruntime": {"backends.ort", "drivers", "export.precision"},  # its fp16 converter
+    "openvino": {"backends.openvino_", "drivers"},
     "tensorrt": {"backends.tensorrt_"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
@@ -57,7 +57,7 @@ AT_LOAD = {
 }
 
 # What runs on a device, and the packages that the base installation and one runtime's extra bring there.
-ON_DEVICE = {"errors", "schema", "profiles", "budget", "backends", "devices", "bench"}
+ON_DEVICE = {"drivers", "errors", "schema", "profiles", "budget", "backends", "devices", "bench"}
 FOR_DEVICES = {"msgspec", "numpy", "onnx", "onnxruntime", "openvino", "tensorrt"}
 
 # The names under which pickled or evaluated code could run; catching pickle's error is harmless.
@@ -202,7 +202,10 @@ def calls_named(*names: str) -> list[tuple[str, str]]:
 
 def test_only_the_command_prints_or_exits() -> None:
     found = calls_named("print", "input", "exit", "quit", "sys.exit", "os._exit")
-    assert not [(module, call) for module, call in found if unit_of(module) not in ("cli", "__main__", "__init__")]
+    agent = "toolkit.devices.agent"  # a program of its own, on another machine
+    assert not [
+        (module, call) for module, call in found if module != agent and unit_of(module) not in ("cli", "__main__", "__init__")
+    ]
 
 
 def test_no_file_can_bring_code_along() -> None:

@@ -69,8 +69,8 @@ def export(request: ExportRequest, progress: Progress = quiet) -> Exported:
 def bench(
     paths: Sequence[str | Path], profile: str = "local-onnxruntime", progress: Progress = quiet, **options: Any
 ) -> Benchmark:
-    """Time model files, interleaved. Options: threads, statistic, sustained_s, with_startup, with_kernels, against, fail_over,
-    out.
+    """Time model files, interleaved. Options: threads, on, statistic, sustained_s, with_startup, with_kernels, against,
+    fail_over, out.
     """
     from toolkit.run.bench import bench as job
 
@@ -88,12 +88,13 @@ def measure(
     precision: Precision | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    on: str = "",
 ) -> TableSummary:
-    """Fill the latency table that a model needs on a device; into `out` a profile with that table in it."""
+    """Fill the latency table that a model needs on a device, `on` an address or this machine; into `out` a profile with it."""
     from toolkit import run as job
 
     folder = Path(out) if out is not None else None
-    return job.measure(model, weights, preprocess, profile, threads, precision, seed, progress, folder)
+    return job.measure(model, weights, preprocess, profile, threads, precision, seed, progress, folder, on)
 
 
 def compare(folders: Sequence[str | Path]) -> RunComparison:

@@ -237,6 +237,7 @@ threads_option = click.option(
     callback=lambda context, parameter, value: value or 0,
     help="Default: the profile's.",
 )
+on_option = click.option("--on", default="", metavar="URL", help="Measure on ssh://[user@]host[:port]; default: this machine.")
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
@@ -347,7 +348,7 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--finetune", type=click.IntRange(0), default=0, metavar="EPOCHS", help="Train after pruning.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Choices of a method: psap.epochs=20.")
 @seed_option
-@click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
+@on_option
 @json_option
 def run(budget: str, as_json: bool, **given: Any) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
@@ -365,15 +366,13 @@ def run(budget: str, as_json: bool, **given: Any) -> None:
 
 
 def request_of(
-    budget: Budget, model: str, max_memory: str, no_repair: bool, where: str, settings: tuple[str, ...], **given: Any
+    budget: Budget, model: str, max_memory: str, no_repair: bool, settings: tuple[str, ...], **given: Any
 ) -> RunRequest:
     """What `run` was asked, from its options."""
     from toolkit.budget import parse_size
     from toolkit.schema import RunRequest
     from toolkit.settings import apply_settings
 
-    if where and where != "local":
-        raise UsageError(f"--on {where} is not supported by this version.", "Run on the device itself, without --on.")
     preprocess, memory = preprocess_of(given), parse_size(max_memory) if max_memory else 0.0
     request = RunRequest(
         model=model, budget=budget, max_memory_bytes=memory, repair=not no_repair, preprocess=preprocess, **given
@@ -486,6 +485,7 @@ def prune(model: str, plan: str, no_repair: bool, as_json: bool, **given: Any) -
     help="Default: the profile's. bf16 is OpenVINO's.",
 )
 @seed_option
+@on_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write a measured profile: a folder that -p takes elsewhere.")
 @json_option
 def measure(
@@ -495,6 +495,7 @@ def measure(
     threads: int,
     precision: str | None,
     seed: int,
+    on: str,
     out: Path | None,
     as_json: bool,
     **given: Any,
@@ -520,6 +521,7 @@ def measure(
             precision=precision,  # type: ignore[arg-type]
             seed=seed,
             out=out,
+            on=on,
         )
     if as_json:
         click.echo(to_json(table), nl=False)
@@ -565,6 +567,7 @@ def parse_share(context: click.Context, parameter: click.Parameter, value: str |
 @cli.command(cls=Command, example="edgekit bench out/dense.onnx out/model.onnx --kernels")
 @click.argument("artefacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @profile_option
+@on_option
 @threads_option
 @statistic_option
 @click.option("--sustained", callback=parse_seconds, metavar="TIME", help="Run for so long first, such as 60s: the warm device.")
@@ -577,6 +580,7 @@ def parse_share(context: click.Context, parameter: click.Parameter, value: str |
 def bench(
     artefacts: tuple[Path, ...],
     profile: str,
+    on: str,
     threads: int,
     statistic: str,
     sustained: float,
@@ -607,6 +611,7 @@ def bench(
             profile,
             shown,
             threads=threads,
+            on=on,
             statistic=statistic,
             sustained_s=sustained,
             with_startup=not no_startup,

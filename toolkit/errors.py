@@ -42,6 +42,10 @@ class MissingError(EdgekitError):
     exit_code = 3
 
 
+class LinkError(MissingError):
+    """A device was reached and is not any more."""
+
+
 class ProofError(EdgekitError):
     """The sliced program does not compute what the masked dense program computes. Names the channel group."""
 

@@ -115,14 +115,16 @@ def measured_on(id_or_path: str) -> str:
         return "a device its damaged table does not name"
 
 
-def fingerprint(profile: Profile, runtime_version: str) -> Fingerprint:
-    """What latencies measured under `profile` on this machine are a property of.
+def fingerprint(profile: Profile, runtime_version: str, processor: tuple[str, str] | None = None) -> Fingerprint:
+    """What latencies measured under `profile` are a property of. `processor`: the device's own word (name, instruction sets).
 
     Raises:
         UsageError: the profile is of another device, which only that device can describe.
     """
     if profile.runtime == "simulated":
         device, instructions = profile.device, ""
+    elif processor is not None:
+        device, instructions = processor
     elif profile.device == "local":
         device, instructions = describe_cpu(_read("/proc/cpuinfo"), _read("/proc/device-tree/model"), platform.machine())
     else:
@@ -151,7 +153,7 @@ def describe_cpu(cpuinfo: str, board: str, machine: str) -> tuple[str, str]:
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or board.strip("\0 \n") or platform.processor() or "unknown processor"
+    name = fields.get("model name") or board.strip("\0 \n") or "unknown processor"
     numbers = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
     details = ", ".join(f"{key} {fields[key]}" for key in numbers if key in fields)
     present = set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())

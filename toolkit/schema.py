@@ -99,6 +99,7 @@ class RunRequest(Record, frozen=True, kw_only=True):
     samples: int = 512
     seed: int = 0
     threads: int = 0  # 0: the profile's
+    on: str = ""  # ssh://[user@]host[:port]; empty: this machine
     precision: Precision | Literal["auto"] = "fp32"  # auto: whichever is predicted to lose less at the budget
     max_drop: float = 1.0  # points that int8 may cost before layers go back to float
     keep: tuple[str, ...] = ()
@@ -512,6 +513,8 @@ class Conditions(Record, frozen=True, kw_only=True):
     clock_hz: tuple[float, float] | None = None  # 10th and 90th percentile of the readings
     temperature_c: tuple[float, float] | None = None  # at the beginning and at the end
     throttled: int | None = None  # times the processor slowed itself down
+    accelerator_hz: tuple[float, float] | None = None  # the fastest devfreq device, a GPU mostly; percentiles as of clock_hz
+    power_w: tuple[float, float] | None = None  # all power rails together; percentiles as of clock_hz
     absent: dict[str, str] = {}
 
 

@@ -11,12 +11,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.drivers import PROFILE_WARMUP
+from toolkit.drivers import random_feeds as drawn
 from toolkit.errors import MeasurementError, UsageError
 from toolkit.schema import Format, Shape
 
+__all__ = [
+    "PROFILE_WARMUP", "Array", "Backend", "Feeds", "KernelSample", "Session",
+    "random_feeds", "require_file", "running", "shorten",
+]  # fmt: skip
+
 Array = NDArray[np.generic]
 Feeds = Mapping[str, Array]
-PROFILE_WARMUP = 3  # inferences before the profiled ones; the first allocate memory and fill caches
 
 
 class Session(Protocol):
@@ -83,18 +89,12 @@ class Backend(Protocol):
 
 def random_feeds(inputs: Sequence[Shape], seed: int) -> dict[str, Array]:
     """Standard normal inputs, the same for the same shapes and seed; integer inputs are zero."""
-    generator = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
     for shape in inputs:
         if min(shape.dims, default=0) < 0:
             raise UsageError(
                 f"Input {shape.name!r} has no fixed shape {shape.dims}.", "Export the model with a fixed input shape."
             )
-        floating = shape.dtype.startswith("float")
-        feeds[shape.name] = (
-            generator.standard_normal(shape.dims).astype(shape.dtype) if floating else np.zeros(shape.dims, shape.dtype)
-        )
-    return feeds
+    return dict(drawn([(shape.name, shape.dtype, shape.dims) for shape in inputs], seed))
 
 
 def shorten(error: Exception, limit: int = 200) -> str:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from toolkit import drivers
 from toolkit.backends import fusion
-from toolkit.backends.base import PROFILE_WARMUP, Array, Feeds, KernelSample, random_feeds, require_file, running, shorten
+from toolkit.backends.base import Array, Feeds, KernelSample, random_feeds, require_file, running, shorten
 from toolkit.errors import MissingError, UsageError
 from toolkit.schema import Format, Shape
 
 name = "openvino"
 format: Format = "openvino"
 
-_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}  # int8 lives in the graph; what is left in float is f32
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8", "f64": "fp64"}
 _COMPUTE = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
 _STATIC = ("Input", "Const", "Output")
@@ -52,16 +52,12 @@ class OpenVinoSession:
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
         with running("openvino", self._path):
-            call = partial(_bound(self._compiled, feeds).infer, share_outputs=True)
+            call = partial(drivers.openvino_request(self._compiled, dict(feeds)).infer, share_outputs=True)
             call()
         return call
 
     def executed_precision(self) -> tuple[str, str]:
-        layers = [layer for layer in _runtime_layers(self._compiled) if layer["layerType"] not in _STATIC]
-        compute = [layer for layer in layers if layer["layerType"] in _COMPUTE] or layers
-        found = Counter(_PRECISIONS.get(layer["runtimePrecision"], layer["runtimePrecision"]) for layer in compute)
-        counts = ", ".join(f"{kind} in {count}" for kind, count in found.most_common())
-        return "+".join(kind for kind, _ in found.most_common()), f"runtimePrecision of the runtime model: {counts}"
+        return precision_of(drivers.openvino_layers(self._compiled))
 
     def close(self) -> None:
         self._compiled = None
@@ -79,16 +75,24 @@ def profile(path: Path, *, threads: int, precision: str, runs: int) -> tuple[Ker
     """See `Backend.profile`: the plugin's own per-node times (whole microseconds), tied to the file by its runtime model."""
     compiled = _compile(path, threads, precision, {"PERF_COUNT": True})
     with running("openvino", path):
-        request = _bound(compiled, random_feeds(tuple(map(_shape, compiled.inputs)), 0))
-        for _ in range(PROFILE_WARMUP):
-            request.infer(share_outputs=True)
-        times = []
-        for _ in range(runs):
-            request.infer(share_outputs=True)
-            times.append({entry.node_name: round(entry.real_time.total_seconds() * 1e9) for entry in request.profiling_info})
+        times = drivers.openvino_times(compiled, random_feeds(tuple(map(_shape, compiled.inputs)), 0), runs)
+    return kernels_of(path, drivers.openvino_layers(compiled), times)
+
+
+def precision_of(layers: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """See `Session.executed_precision`: from the layers of the runtime's model."""
+    executed = [layer for layer in layers if layer["layerType"] not in _STATIC]
+    compute = [layer for layer in executed if layer["layerType"] in _COMPUTE] or executed
+    found = Counter(_PRECISIONS.get(layer["runtimePrecision"], layer["runtimePrecision"]) for layer in compute)
+    counts = ", ".join(f"{kind} in {count}" for kind, count in found.most_common())
+    return "+".join(kind for kind, _ in found.most_common()), f"runtimePrecision of the runtime model: {counts}"
+
+
+def kernels_of(path: Path, told: Sequence[dict[str, Any]], times: Sequence[Mapping[str, int]]) -> tuple[KernelSample, ...]:
+    """What the runtime told of an artefact, tied to its file: the layers, and nanoseconds by layer of each inference."""
     # A kernel below the clock's microsecond is listed as not run; one that never shows is fused away or in place.
     executed = {name for run in times for name, duration in run.items() if duration}
-    layers = [layer for layer in _runtime_layers(compiled) if layer["name"] in executed and layer["layerType"] not in _STATIC]
+    layers = [layer for layer in told if layer["name"] in executed and layer["layerType"] not in _STATIC]
     named = [_original_names(layer) for layer in layers]
     tensors, nodes = _in_file(path, layers, named) if path.suffix == ".onnx" else ({}, named)
     return tuple(
@@ -98,8 +102,8 @@ def profile(path: Path, *, threads: int, precision: str, runs: int) -> tuple[Ker
             nodes=stands_for,
             inputs=tuple(tensors.get(name, name) for name in layer["inputs"]),
             outputs=(tensors.get(layer["name"], layer["name"]),),
-            input_shapes=layer["input_shapes"],
-            output_shapes=layer["output_shapes"],
+            input_shapes=tuple(map(tuple, layer["input_shapes"])),
+            output_shapes=tuple(map(tuple, layer["output_shapes"])),
             samples_ns=np.array([run.get(layer["name"], 0) for run in times], np.int64),
             implementation=layer["primitiveType"],
         )
@@ -116,59 +120,17 @@ def _core() -> Any:
 
 def _compile(path: Path, threads: int, precision: str, extra: dict[str, Any] | None = None) -> Any:
     require_file(path)
-    if precision not in _HINTS:
-        raise UsageError(f"openvino has no precision {precision!r}.", f"Choose one of: {', '.join(_HINTS)}.")
-    asked = {
-        "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    if precision not in drivers.OPENVINO_HINTS:
+        raise UsageError(f"openvino has no precision {precision!r}.", f"Choose one of: {', '.join(drivers.OPENVINO_HINTS)}.")
+    asked = drivers.openvino_settings(threads, precision)
     try:
         compiled = _core().compile_model(_core().read_model(str(path)), "CPU", {**asked, **(extra or {})})
     except Exception as error:
         raise UsageError(f"openvino cannot open {path}: {shorten(error)}.", "Export the file again.") from None
-    for key, value in asked.items():
-        got = compiled.get_property(key)
-        got = got.get_type_name() if hasattr(got, "get_type_name") else got
-        if str(got) != str(value):
-            raise MissingError(
-                f"openvino set {key} to {got} where {value} was asked for.",
-                f"This machine has {os.cpu_count()} cores; change the profile.",
-            )
+    unlike = drivers.openvino_unlike(compiled, asked)
+    if unlike:
+        raise MissingError(unlike, f"This machine has {os.cpu_count()} cores; change the profile.")
     return compiled
-
-
-def _bound(compiled: Any, feeds: Feeds) -> Any:
-    """A request that holds copies of `feeds`."""
-    import openvino
-
-    request = compiled.create_infer_request()
-    for key, array in feeds.items():
-        request.set_tensor(key, openvino.Tensor(np.ascontiguousarray(array)))
-    return request
-
-
-def _runtime_layers(compiled: Any) -> list[dict[str, Any]]:
-    """The layers the plugin runs, in order: name, what it tells of each, and the makers and shapes of their activations."""
-    layers = []
-    constant: set[str] = set()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        told = {key: str(value.astype(str) if hasattr(value, "astype") else value) for key, value in node.get_rt_info().items()}
-        name, sources = node.get_friendly_name(), [port.get_source_output() for port in node.inputs()]
-        activations = [source for source in sources if source.get_node().get_friendly_name() not in constant]
-        if told["layerType"] == "Const" or (sources and not activations):
-            constant.add(name)
-        layers.append(
-            {
-                "name": name,
-                "inputs": tuple(source.get_node().get_friendly_name() for source in activations),
-                "input_shapes": tuple(map(_dims, activations)),
-                "output_shapes": tuple(map(_dims, node.outputs())),
-                **told,
-            }
-        )
-    return layers
 
 
 def _original_names(layer: dict[str, Any]) -> tuple[str, ...]:
@@ -202,8 +164,5 @@ def _in_file(
 
 
 def _shape(port: Any) -> Shape:
-    return Shape(name=port.any_name, dtype=np.dtype(port.get_element_type().to_dtype()).name, dims=_dims(port))
-
-
-def _dims(port: Any) -> tuple[int, ...]:
-    return tuple(dim.get_length() if dim.is_static else -1 for dim in port.get_partial_shape())
+    name, dtype, dims = drivers.openvino_shape(port)
+    return Shape(name=name, dtype=dtype, dims=tuple(dims))

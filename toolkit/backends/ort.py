@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from toolkit import drivers
 from toolkit.backends import fusion
 from toolkit.backends.base import PROFILE_WARMUP, Array, Feeds, KernelSample, random_feeds, require_file, running, shorten
 from toolkit.errors import MeasurementError, UsageError
@@ -19,11 +20,6 @@ from toolkit.schema import Format, Shape
 
 name = "onnxruntime"
 format: Format = "onnx"
-
-_DTYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(bool)": "bool",
-    "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64",
-}  # fmt: skip
 
 
 def version() -> str:
@@ -34,7 +30,7 @@ def version() -> str:
 
 def open(path: Path, *, threads: int, precision: str) -> OrtSession:
     """See `Backend.open`. The precision lives in the graph: it is read back, never set."""
-    return OrtSession(path, _session(path, _options(threads)), threads)
+    return OrtSession(path, _session(path, drivers.ort_options(threads)), threads)
 
 
 class OrtSession:
@@ -50,31 +46,13 @@ class OrtSession:
             return list(self._session.run(None, dict(feeds)))
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
-        import onnxruntime
-
-        binding = self._session.io_binding()
         with running("onnxruntime", self._path):
-            for key, array in feeds.items():
-                binding.bind_ortvalue_input(key, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
-            for shape in self.outputs:
-                if min(shape.dims, default=0) < 0:
-                    binding.bind_output(shape.name)
-                else:
-                    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape.dims), np.dtype(shape.dtype))
-                    binding.bind_ortvalue_output(shape.name, value)
-            call = partial(self._session.run_with_iobinding, binding)
-            call()
-        return call
+            return drivers.ort_prepared(self._session, dict(feeds), [(s.name, s.dtype, s.dims) for s in self.outputs])
 
     def executed_precision(self) -> tuple[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             optimised = _optimised(self._path, self._threads, Path(folder))[1]
-        found = fusion.weight_dtypes(optimised)
-        if not found:
-            return {"float32": "fp32", "float16": "fp16"}.get(
-                self.inputs[0].dtype, self.inputs[0].dtype
-            ), "input type of the session"
-        return "+".join(kind for kind, _ in found.most_common()), f"weights of the optimised graph: {_counts(found)}"
+        return precision_of(optimised, self.inputs[0].dtype)
 
     def close(self) -> None:
         self._session = None
@@ -82,8 +60,6 @@ class OrtSession:
 
 def profile(path: Path, *, threads: int, precision: str, runs: int) -> tuple[KernelSample, ...]:
     """See `Backend.profile`: the runtime's own event log, tied to the file's nodes through the graph it optimised."""
-    import onnx
-
     with tempfile.TemporaryDirectory() as folder:
         session, optimised = _optimised(path, threads, Path(folder), events=True)
         inputs = tuple(map(_shape, session.get_inputs()))
@@ -93,13 +69,27 @@ def profile(path: Path, *, threads: int, precision: str, runs: int) -> tuple[Ker
                 session.run(None, feeds)
         events = [event for event in json.loads(Path(session.end_profiling()).read_bytes()) if event.get("cat") == "Node"]
     table = _by_run(events, PROFILE_WARMUP + runs, path)
-    durations = np.array([[event["dur"] for event in run] for run in table[PROFILE_WARMUP:]], np.int64) * 1000
-    matched = _match(table[0], optimised.node, path)
+    first = [(event["name"], event["args"]["op_name"], event["args"]["output_type_shape"]) for event in table[0]]
+    durations_us = np.array([[event["dur"] for event in run] for run in table[PROFILE_WARMUP:]], np.int64)
+    return kernels_of(path, optimised, inputs, first, durations_us)
+
+
+Event = tuple[str, str, Sequence[dict[str, list[int]]]]  # name, operator, outputs by type
+
+
+def kernels_of(
+    path: Path, optimised: Any, inputs: Sequence[Shape], first: Sequence[Event], durations_us: NDArray[np.int64]
+) -> tuple[KernelSample, ...]:
+    """What the runtime told of an artefact, tied to its file: the events of one inference, and [run, event] microseconds."""
+    import onnx
+
+    durations = durations_us * 1000
+    matched = _match(first, optimised.node, path)
     kernels = fusion.trace_back(onnx.load(str(path), load_external_data=False).graph, optimised)
 
     seen = {shape.name: shape.dims for shape in inputs}
-    for event, position in zip(table[0], matched, strict=True):
-        seen.update(zip(kernels[position].runtime_outputs, map(_dims, event["args"]["output_type_shape"]), strict=False))
+    for (_, _, shapes), position in zip(first, matched, strict=True):
+        seen.update(zip(kernels[position].runtime_outputs, map(_dims, shapes), strict=False))
     return tuple(
         KernelSample(
             name=node.name or f"{node.op_type}_{index}",
@@ -116,28 +106,22 @@ def profile(path: Path, *, threads: int, precision: str, runs: int) -> tuple[Ker
     )
 
 
-def _options(threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    return options
+def precision_of(optimised: Any, input_dtype: str) -> tuple[str, str]:
+    """See `Session.executed_precision`: from the graph that the runtime made of the file."""
+    found = fusion.weight_dtypes(optimised)
+    if not found:
+        return {"float32": "fp32", "float16": "fp16"}.get(input_dtype, input_dtype), "input type of the session"
+    return "+".join(kind for kind, _ in found.most_common()), f"weights of the optimised graph: {_counts(found)}"
 
 
 def _session(path: Path, options: Any) -> Any:
-    import onnxruntime
-
     require_file(path)
     if path.suffix == ".xml":
         raise UsageError(
             f"{path} is OpenVINO's own format, which onnxruntime does not read.", "Run it again with -p local-openvino."
         )
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return drivers.ort_session(str(path), options)
     except Exception as error:
         raise UsageError(f"onnxruntime cannot open {path}: {shorten(error)}.", "Export the file again.") from None
 
@@ -146,7 +130,7 @@ def _optimised(path: Path, threads: int, folder: Path, *, events: bool = False) 
     """A session and the graph it really runs, which the runtime tells only by writing it to a file."""
     import onnx
 
-    options = _options(threads)
+    options = drivers.ort_options(threads)
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     options.enable_profiling = events
     options.profile_file_prefix = str(folder / "events")
@@ -166,14 +150,14 @@ def _by_run(events: list[dict[str, Any]], runs: int, path: Path) -> list[list[di
     return table
 
 
-def _match(events: list[dict[str, Any]], nodes: Any, path: Path) -> list[int]:
+def _match(events: Sequence[Event], nodes: Any, path: Path) -> list[int]:
     """Position of each event's node in the optimised graph: by name, and by operator and order where nodes are unnamed."""
     waiting: dict[str, list[int]] = {}
     for position, node in enumerate(nodes):
         waiting.setdefault(node.name or f"operator {node.op_type}", []).append(position)
     matched = []
-    for event in events:
-        keys = event["name"].removesuffix("_kernel_time"), f"operator {event['args']['op_name']}"
+    for name, operator, _ in events:
+        keys = name.removesuffix("_kernel_time"), f"operator {operator}"
         key = next((key for key in keys if waiting.get(key)), None)
         if key is None:
             raise MeasurementError(f"onnxruntime timed a kernel {keys[0]!r} that its graph of {path} does not have.")
@@ -182,8 +166,8 @@ def _match(events: list[dict[str, Any]], nodes: Any, path: Path) -> list[int]:
 
 
 def _shape(value: Any) -> Shape:
-    dims = tuple(dim if isinstance(dim, int) else -1 for dim in value.shape)
-    return Shape(name=value.name, dtype=_DTYPES.get(value.type, value.type), dims=dims)
+    name, dtype, dims = drivers.ort_shape(value)
+    return Shape(name=name, dtype=dtype, dims=tuple(dims))
 
 
 def _dims(typed: dict[str, list[int]]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from toolkit import devices, profiles
 from toolkit.bench import fresh, session, stats
 from toolkit.bench.session import Progress, Request, labels
 from toolkit.devices import Device
+from toolkit.errors import LinkError
 from toolkit.schema import Benchmark, Comparison, Measurement, Profile, Ratio, Statistic
 
 __all__ = ["Progress", "Request", "answer", "benchmark", "compare", "labels", "measure"]
@@ -65,7 +66,9 @@ def benchmark(
         sustained_s=sustained_s,
         retries=retries,
     )
-    return _in_fresh_process(request) if fresh_process else answer(request, progress)
+    if fresh_process and not devices.open(profile).remote:
+        return _in_fresh_process(request)
+    return answer(request, progress)
 
 
 def compare(
@@ -99,7 +102,9 @@ def measure(
 
 
 def answer(request: Request, progress: Progress | None = None, *, fresh_process: bool = False) -> Benchmark:
-    """The first valid result of at most 1 + `retries` sessions on one device, or the last one."""
+    """The first valid result of at most 1 + `retries` sessions on one device, or the last one. A session on another machine has
+    a fresh process there anyway; one that the link was lost in is begun again, once.
+    """
     device = devices.open(request.profile)
     result = _attempt(device, request, progress, fresh_process)
     for _ in range(request.retries):
@@ -111,7 +116,12 @@ def answer(request: Request, progress: Progress | None = None, *, fresh_process:
 
 def _attempt(device: Device, request: Request, progress: Progress | None, fresh_process: bool) -> Benchmark:
     """One session as a record."""
-    taken = session.take(device, request, progress)
+    try:
+        taken = session.take(device, request, progress)
+    except LinkError:
+        taken = session.take(device, request, progress)
+    fresh_process = fresh_process or device.remote
+    facts, version = device.facts(), device.backend(request.profile.runtime).version()
     names = labels([Path(path) for path in request.paths])
     results = [session.result(taken.rounds, index, request.statistic) for index in range(len(names))]
     widths = {
@@ -120,7 +130,7 @@ def _attempt(device: Device, request: Request, progress: Progress | None, fresh_
     widths.setdefault(0, max(widths.values()))  # the first one is in every ratio
     return Benchmark(
         profile=request.profile,
-        fingerprint=profiles.fingerprint(request.profile, device.backend(request.profile.runtime).version()),
+        fingerprint=profiles.fingerprint(request.profile, version, (facts.cpu, facts.instruction_set)),
         sustained_s=request.sustained_s,
         measurements=tuple(
             _record(device, request, taken, index, name, session.objections(taken, index, request, widths[index]), fresh_process)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from toolkit import backends, devices
-from toolkit.backends import Backend, KernelSample
+from toolkit import devices
+from toolkit.backends import KernelSample
 from toolkit.bench.session import Progress, labels
-from toolkit.bench.timing import Clock
 from toolkit.schema import KernelChange, KernelDifference, KernelProfile, Profile, ProfiledKernel
 
 Verdict = Literal["faster", "slower", "unchanged", "gone", "new"]
@@ -41,8 +41,13 @@ def profiles(
 ) -> tuple[KernelProfile, ...]:
     """Profile artefacts in turns (A B B A), in a pass of its own: no latency is taken from it. Errors as `Backend.profile`."""
     device = devices.open(profile)
+    with closing(device.rig(profile.runtime, profile.threads)) as rig:
+        runs = []
+        for path in paths:
+            loaded = rig.load(path, profile.precision, bursts=(1, 1))
+            runs.append(int(min(RUNS, max(5, PASS_S * 1e9 / max(1, int(loaded.bursts_ns[1][0]))))))
+            rig.unload(loaded.handle)
     backend = device.backend(profile.runtime)
-    runs = [_runs(backend, profile, path, device.clock_ns) for path in paths]
     order = (*range(len(paths)), *reversed(range(len(paths))))
     taken: list[list[tuple[KernelSample, ...]]] = [[] for _ in paths]
     for done, index in enumerate(order):
@@ -184,18 +189,6 @@ def _weights(path: Path) -> dict[str, Weight]:
         weight = Weight(used.removesuffix(".weight"), math.prod(shape), channels, node.op_type)
         found.update({name: weight for name in (node.name, *node.output) if name})
     return found
-
-
-def _runs(backend: Backend, profile: Profile, path: Path, clock: Clock) -> int:
-    """Inferences a pass, by the artefact's latency."""
-    session = backend.open(path, threads=profile.threads, precision=profile.precision)
-    call = session.prepare(backends.random_feeds(session.inputs, 0))
-    call()
-    started = clock()
-    call()
-    once_ns = max(1, clock() - started)
-    session.close()
-    return int(min(RUNS, max(5, PASS_S * 1e9 / once_ns)))
 
 
 def _joined(first: tuple[KernelSample, ...], second: tuple[KernelSample, ...]) -> list[KernelSample]:

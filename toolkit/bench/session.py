@@ -5,18 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from toolkit import backends
-from toolkit.backends import Session
 from toolkit.bench import stats, timing
 from toolkit.bench.reference import reference_path
-from toolkit.devices import Device, Reading, conditions
+from toolkit.devices import Device, Reading, Rig, conditions
 from toolkit.schema import Conditions, Profile, Record, Statistic
 
 Progress = Callable[[str, float, float], None]  # step, done, total
@@ -62,12 +61,15 @@ def take(device: Device, request: Request, progress: Progress | None) -> Taken:
     The artefacts are loaded anew for each part of the rounds, every other time in reverse order: where in memory an artefact
     comes to lie is worth some tenths of a per cent, which so is averaged and shows as a spread of the rounds.
     """
-    session = _Session(device, request, progress or (lambda step, done, total: None))
-    with tempfile.TemporaryDirectory() as folder:
+    rig = device.rig(request.profile.runtime, request.profile.threads)
+    session = _Session(rig, request, progress or (lambda step, done, total: None))
+    with tempfile.TemporaryDirectory() as folder, closing(rig):
         reference = reference_path(Path(folder))
         for loading in count():
-            with ExitStack() as stack:
-                session.part(loading, _open(device, request, reference, stack, backwards=bool(loading % 2)))
+            handles = _load(rig, request, reference, backwards=bool(loading % 2))
+            session.part(loading, handles)
+            for handle in handles:
+                rig.unload(handle)
             if loading % 2 and (session.late or half_width(session.rounds, request.statistic) <= MAX_HALF_WIDTH):
                 return session.taken()
     raise AssertionError("count() never ends")
@@ -93,8 +95,8 @@ def judged(rounds: Sequence[stats.Rounds]) -> Sequence[int]:
 class _Session:
     """What a session has taken so far."""
 
-    def __init__(self, device: Device, request: Request, shown: Progress) -> None:
-        self._device, self._request, self._shown = device, request, shown
+    def __init__(self, rig: Rig, request: Request, shown: Progress) -> None:
+        self._rig, self._request, self._shown = rig, request, shown
         self._turns: list[tuple[timing.Turn, ...]] = []
         self._readings: list[list[Reading]] = []  # by loading
         self._medians: list[float] = []  # of the first warm-up: all loadings give as many samples a visit
@@ -111,49 +113,53 @@ class _Session:
     def late(self) -> bool:
         return self._spent_ns > self._request.time_limit_s * 1e9
 
-    def part(self, loading: int, opened: Sequence[tuple[Session, timing.Call]]) -> None:
-        """Warm up, heat and time what was loaded; `opened` starts with the reference."""
+    def part(self, loading: int, handles: Sequence[int]) -> None:
+        """Warm up, heat and time what was loaded; the first of `handles` is the reference's."""
         request = self._request
-        self._warm_up([call for _, call in opened])
-        (reference, *artefacts), at_least = opened, -(-request.min_samples // (2 * ROUNDS))
-        first = timing.glance(reference[1], self._medians[0])
-        visits = [timing.visit(call, ns, at_least) for (_, call), ns in zip(artefacts, self._medians[1:], strict=True)]
+        self._warm_up(handles)
+        (reference, *artefacts), at_least = handles, -(-request.min_samples // (2 * ROUNDS))
+        first = timing.glance(reference, self._medians[0])
+        visits = [timing.visit(handle, ns, at_least) for handle, ns in zip(artefacts, self._medians[1:], strict=True)]
         self._heat(first, visits, request.sustained_s / (4 if loading else 1))  # it has cooled a little while loading
         needed = max(MIN_ROUNDS, -(-request.min_samples // (2 * min(visit.burst for visit in visits))))
         self._time(first, visits, -(-needed // 2) if loading < 2 else 1, -(-max(ROUNDS, needed) // 2))
-        self._executed = tuple(session.executed_precision()[0] for session, _ in artefacts)
+        self._executed = tuple(self._rig.executed_precision(handle)[0] for handle in artefacts)
 
-    def _warm_up(self, calls: Sequence[timing.Call]) -> None:
+    def _warm_up(self, handles: Sequence[int]) -> None:
         found: list[tuple[int, float]] = []
-        for call in calls:
-            self._shown("warm-up", len(found), len(calls))
-            found.append(timing.warm_up(call, self._device.clock_ns))
+        for handle in handles:
+            self._shown("warm-up", len(found), len(handles))
+            found.append(self._rig.warm_up(handle))
         self._warmup = [made + more for made, (more, _) in zip(self._warmup, found[1:], strict=True)]
         self._medians = self._medians or [median for _, median in found]
 
     def _heat(self, reference: timing.Visit, visits: Sequence[timing.Visit], seconds: float) -> None:
         """Run the artefacts as they will be timed for so long."""
-        clock = self._device.clock_ns
-        started = clock()
-        while (passed := (clock() - started) / 1e9) < seconds:
-            self._shown("sustained load", passed, seconds)
-            next(timing.interleaved(reference, visits, 1, clock))
+        if seconds <= 0:
+            return
+        started = self._rig.now_ns()
+        for turns in timing.interleaved(reference, visits, 0, self._rig.timed):
             self._warmup = [made + 2 * (each.lead + each.burst) for made, each in zip(self._warmup, visits, strict=True)]
+            passed = (_end_ns(turns) - started) / 1e9
+            self._shown("sustained load", min(passed, seconds), seconds)
+            if passed >= seconds:
+                break
 
     def _time(self, reference: timing.Visit, visits: Sequence[timing.Visit], least: int, planned: int) -> None:
         """So many rounds; after half of the time limit, if this is one of the first two loadings, no more than the least."""
-        clock, before = self._device.clock_ns, len(self._turns)
-        share = 1 if len(self._readings) else 0.5
-        started, readings = clock() - self._spent_ns, [self._device.read()]
-        for turns in timing.interleaved(reference, visits, planned, clock, self._device.energy_j):
+        before, share = len(self._turns), 1 if len(self._readings) else 0.5
+        readings = [self._rig.read()]
+        started = readings[0].at_ns - self._spent_ns
+        end = started
+        for turns in timing.interleaved(reference, visits, planned, partial(self._rig.timed, metered=True)):
             self._turns.append(turns)
-            readings.append(self._device.read())
-            done = len(self._turns)
+            readings += [turn.reading for turn in turns if turn.reading is not None]
+            done, end = len(self._turns), _end_ns(turns)
             self._shown("rounds", done, max(before + planned, 2 * planned))
-            if clock() - started > share * self._request.time_limit_s * 1e9 and done - before >= least:
+            if end - started > share * self._request.time_limit_s * 1e9 and done - before >= least:
                 break
         self._readings.append(readings)
-        self._spent_ns = clock() - started
+        self._spent_ns = end - started
 
     def taken(self) -> Taken:
         references, *artefacts = zip(*self._turns, strict=True)
@@ -167,15 +173,15 @@ class _Session:
         )
 
 
-def _open(
-    device: Device, request: Request, reference: Path, stack: ExitStack, *, backwards: bool
-) -> list[tuple[Session, timing.Call]]:
-    """The reference and then the artefacts in their order, however they were loaded, each with its prepared call."""
-    profile, backend = request.profile, device.backend(request.profile.runtime)
+def _end_ns(turns: Sequence[timing.Turn]) -> int:
+    return max(turn.at_ns for turn in turns)
 
-    def load(path: Path) -> tuple[Session, timing.Call]:
-        session = stack.enter_context(closing(backend.open(path, threads=profile.threads, precision=profile.precision)))
-        return session, session.prepare(backends.random_feeds(session.inputs, request.feeds_seed))
+
+def _load(rig: Rig, request: Request, reference: Path, *, backwards: bool) -> list[int]:
+    """The reference and then the artefacts in their order, however they were loaded."""
+
+    def load(path: Path) -> int:
+        return rig.load(path, request.profile.precision, seed=request.feeds_seed).handle
 
     first = load(reference)
     loaded = [load(Path(path)) for path in (reversed(request.paths) if backwards else request.paths)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from toolkit import backends, devices
 from toolkit.bench import fresh
 from toolkit.bench.reference import reference_path
+from toolkit.devices.ssh import Ssh
 from toolkit.schema import Profile, Record, Startup
 
 LIMIT_S = 600.0
@@ -22,8 +24,28 @@ class Request(Record, frozen=True, kw_only=True):
 
 
 def startup(profile: Profile, path: Path) -> Startup:
-    """Load the artefact in a Python of its own. Errors as `bench.benchmark`."""
+    """Load the artefact in a process of its own. Errors as `bench.benchmark`."""
+    device = devices.open(profile)
+    if isinstance(device, Ssh):
+        return _on_board(device, profile, path)
     return fresh.ask("startup", Request(profile=profile, path=str(path.resolve())), Startup, LIMIT_S)
+
+
+def _on_board(device: Ssh, profile: Profile, path: Path) -> Startup:
+    """The same on a board: there every rig is a fresh process."""
+    with tempfile.TemporaryDirectory() as folder, closing(device.rig(profile.runtime, profile.threads)) as rig:
+        rig.load(reference_path(Path(folder)), profile.precision, check=True)
+        found = rig.startup(path, profile.precision, _INFERENCES)
+    memory = found.memory_bytes if found.memory_bytes >= 0 else None
+    why = {} if memory is not None else {"memory_peak_bytes": "the board's kernel does not tell it"}
+    return Startup(
+        artefact=path.name,
+        load_ns=found.load_ns,
+        first_inference_ns=found.first_ns,
+        reload_ns=found.reload_ns,
+        memory_peak_bytes=memory,
+        absent=why,
+    )
 
 
 def answer(request: Request) -> Startup:

@@ -12,28 +12,19 @@ from pathlib import Path
 
 from toolkit import backends
 from toolkit.backends import Backend
-from toolkit.devices.base import Facts, Reading
+from toolkit.devices import sensors
+from toolkit.devices.base import Facts, Reading, Rig
+from toolkit.devices.inprocess import InProcess
 from toolkit.profiles import describe_cpu
-
-# field of a reading -> the condition it tells, and where the kernel says it
-_SOURCES = {
-    "waited_ns": ("waiting", "/proc/self/task/*/schedstat"),
-    "pressure_us": ("cpu_pressure", "/proc/pressure/cpu"),
-    "steal_ticks": ("steal", "/proc/stat"),
-    "runnable": ("run_queue", "/proc/loadavg"),
-    "clock_hz": ("clock_hz", "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"),
-    "temperature_c": ("temperature_c", "/sys/class/thermal and /sys/class/hwmon"),
-    "throttled": ("throttled", "/sys/devices/system/cpu/cpu*/thermal_throttle"),
-}
-_PROCESSOR_ZONES = re.compile(r"cpu|x86_pkg|soc|core|package", re.IGNORECASE)
-_PROCESSOR_MONITORS = ("coretemp", "k10temp", "cpu_thermal", "zenpower")
 
 
 class Local:
     """`Device` on the machine this runs on. `root` is where its /proc and /sys lie."""
 
+    remote = False
+
     def __init__(self, root: Path = Path("/")) -> None:
-        self._proc, self._sys = root / "proc", root / "sys"
+        self._proc, self._sys, self._files = root / "proc", root / "sys", sensors.Tree(root)
         self._packages = self._find_packages()
         self._joules = [0.0] * len(self._packages)
         self._last = [self._microjoules(package) for package in self._packages]
@@ -48,6 +39,9 @@ class Local:
     def backend(self, runtime: str) -> Backend:
         return backends.get(runtime)
 
+    def rig(self, runtime: str, threads: int) -> Rig:
+        return InProcess(self.backend(runtime), threads, self.clock_ns, self.energy_j, self.read)
+
     def clock_ns(self) -> int:
         return time.perf_counter_ns()
 
@@ -55,34 +49,14 @@ class Local:
         return datetime.now(timezone.utc)
 
     def read(self) -> Reading:
-        pressure = next((line for line in _text(self._proc / "pressure/cpu").splitlines() if line.startswith("some")), "")
-        ticks = [int(tick) for tick in _text(self._proc / "stat").partition("\n")[0].split()[1:9]]
-        average = _text(self._proc / "loadavg").split()
-        waits = [_text(task).split() for task in self._proc.glob("self/task/*/schedstat")]
-        clocks = [_number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")]
-        throttles = [
-            _number(file) for file in self._sys.glob("devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")
-        ]
-        found = {
-            "waited_ns": sum(int(fields[1]) for fields in waits if fields)
-            if any(set("".join(fields)) - {"0"} for fields in waits)
-            else None,
-            "pressure_us": int(pressure.rpartition("total=")[2]) if "total=" in pressure else None,
-            "steal_ticks": ticks[7] if len(ticks) == 8 else None,
-            "runnable": int(average[3].partition("/")[0]) if len(average) > 3 else None,
-            # The core that is at work is the fastest; idle ones rest at their lowest clock.
-            "clock_hz": max((clock * 1e3 for clock in clocks if clock is not None), default=None),
-            "temperature_c": self._temperature(),
-            "throttled": round(sum(count or 0 for count in throttles)) if throttles else None,
-        }
-        absent = {name: f"this kernel has no {place}" for key, (name, place) in _SOURCES.items() if found[key] is None}
+        absent = {}
         if not os.access(self._proc / "self/clear_refs", os.W_OK):
             absent["memory_peak_bytes"] = "this kernel lets no process forget its highest memory (/proc/self/clear_refs)"
         if not self._packages:
             absent["energy_j"] = "this kernel has no /sys/class/powercap/intel-rapl:*/energy_uj"
         elif None in self._last:
             absent["energy_j"] = "/sys/class/powercap/intel-rapl:*/energy_uj may be read by root only"
-        return Reading(at_ns=self.clock_ns(), all_ticks=sum(ticks) if len(ticks) == 8 else None, absent=absent, **found)  # type: ignore[arg-type]
+        return sensors.read(self._files, self.clock_ns(), absent)
 
     def watch_memory(self) -> Callable[[], int | None]:
         try:
@@ -116,15 +90,6 @@ class Local:
     def _microjoules(package: Path) -> float | None:
         return _number(package / "energy_uj")
 
-    def _temperature(self) -> float | None:
-        """The hottest sensor of the processor; of the board where none says that it is the processor's."""
-        zones = {zone: _number(zone / "temp") for zone in self._sys.glob("class/thermal/thermal_zone*")}
-        own = {zone: value for zone, value in zones.items() if _PROCESSOR_ZONES.search(_text(zone / "type"))}
-        monitors = [m for m in self._sys.glob("class/hwmon/hwmon*") if _text(m / "name").strip() in _PROCESSOR_MONITORS]
-        values = [*own.values(), *(_number(file) for monitor in monitors for file in monitor.glob("temp*_input"))]
-        values = values or list(zones.values())
-        return max((value / 1e3 for value in values if value is not None), default=None)
-
 
 def facts() -> Facts:
     """What this machine is."""
@@ -139,7 +104,4 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> float | None:
-    try:
-        return float(_text(path))
-    except ValueError:
-        return None
+    return sensors.number(_text(path))

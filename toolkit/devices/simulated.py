@@ -12,7 +12,8 @@ from datetime import datetime, timedelta, timezone
 
 from toolkit.backends import Backend
 from toolkit.backends.simulated import SimulatedBackend
-from toolkit.devices.base import Facts, Reading
+from toolkit.devices.base import Facts, Reading, Rig
+from toolkit.devices.inprocess import InProcess
 from toolkit.errors import UsageError
 from toolkit.schema import Simulation
 
@@ -22,6 +23,8 @@ _STEP_NS = 10_000_000.0  # longest time in which speed, heat and foreign load ar
 
 class Simulated:
     """`Device` that follows a `Simulation`. Drift, foreign load and heat go on as long as the object is used."""
+
+    remote = False
 
     def __init__(self, name: str, simulation: Simulation) -> None:
         self._name, self._of, self._random = name, simulation, random.Random(simulation.seed)
@@ -41,6 +44,9 @@ class Simulated:
             )
         return SimulatedBackend(self._of, self.spend)
 
+    def rig(self, runtime: str, threads: int) -> Rig:
+        return InProcess(self.backend(runtime), threads, self.clock_ns, self.energy_j, self.read)
+
     def clock_ns(self) -> int:
         return int(self._now_ns)
 
@@ -59,7 +65,11 @@ class Simulated:
             clock_hz=self._clock() * self._of.heat.clock_hz,
             temperature_c=self._heat_c,
             throttled=self._throttled,
-            absent={"memory_peak_bytes": "a simulated device has no memory"},
+            absent={
+                "memory_peak_bytes": "a simulated device has no memory",
+                "accelerator_hz": "a simulated device has one clock",
+                "power_w": "a simulated device has no power rails",
+            },
         )
 
     def watch_memory(self) -> Callable[[], int | None]:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from toolkit.devices import Device
-from toolkit.errors import TableError
+from toolkit.errors import LinkError, TableError
 from toolkit.latency.fit import fit_model, observe
 from toolkit.latency.predict import LatencyModel
 from toolkit.latency.sampling import DENSE_VISITS, NETWORKS, anchor_widths, sample_widths
@@ -171,7 +171,13 @@ class ModelTable:
                 before = timer.now_s()
                 file = path or self.maker.write(widths, self.own)
                 end += timer.now_s() - before
-                network = timer.measure(file, role, widths, allowance, variant=path is None)
+                try:
+                    network = timer.measure(file, role, widths, allowance, variant=path is None)
+                except LinkError:  # what is measured is kept; the anchor is loaded anew, and its level found again
+                    self._timer, left = None, max(0.0, end - timer.now_s())
+                    timer, level = self._open_timer(networks)
+                    end = timer.now_s() + left
+                    network = timer.measure(file, role, widths, allowance, variant=path is None)
                 network = msgspec.structs.replace(network, ratio=network.ratio * level)
                 networks.append(network)
                 append_partial(self.own, network)

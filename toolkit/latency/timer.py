@@ -7,16 +7,15 @@ reference, the same for all models, then gives the anchor's own level over the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.backends import random_feeds
 from toolkit.bench.reference import reference_path
-from toolkit.bench.timing import Visit, time_burst, visit
+from toolkit.bench.timing import Visit, visit
 from toolkit.devices import Device
 from toolkit.errors import MissingError, TableError
 from toolkit.latency.segments import Segment, cut_out, find_segments, opaque
@@ -40,16 +39,16 @@ class Timer:
     def __init__(
         self, profile: Profile, device: Device, folder: Path, anchor: Path, maker: VariantMaker, sites: Sequence[Site]
     ) -> None:
-        self._profile, self._backend, self.clock = profile, device.backend(profile.runtime), device.clock_ns
+        self._profile, self._rig = profile, device.rig(profile.runtime, profile.threads)
         self._maker, self._sites, self._folder = maker, sites, folder
         self._segments: tuple[Segment, ...] = ()  # empty while the runtime's own profile tells the places apart
         self._reference = self._visit(reference_path(folder), "fp32")
         self._anchor = self._visit(anchor, profile.precision)
-        self._require_precision(anchor)
+        self._require_precision(self._anchor.what)
 
     def now_s(self) -> float:
         """The device's clock."""
-        return self.clock() / 1e9
+        return self._rig.now_ns() / 1e9
 
     def measure(
         self, path: Path, role: str, widths: Mapping[str, int], allowance_s: float, *, variant: bool = True
@@ -57,12 +56,18 @@ class Timer:
         """Both passes over one network within about `allowance_s`; without a profile where it is no variant of the maker's."""
         end = self.now_s() + allowance_s
         own = self._visit(path, self._profile.precision)
-        times, lost = self._profiled(path, widths, own, allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
-        taken: dict[str, list[Times]] = {"reference": [self._take(self._reference)], "anchor": [], "own": []}
-        while not self._enough(taken, end):
-            turns = {"own": own, "anchor": self._anchor}
-            for name in turns if len(taken["own"]) % 2 == 0 else reversed(turns):
-                taken[name].append(self._take(turns[name]))
+        times, lost = self._profiled(widths, own, allowance_s * PROFILED_SHARE) if variant else ([], 0.0)
+        taken: dict[str, list[Times]] = {"reference": [], "anchor": [], "own": []}
+        visits = {"reference": self._reference, "own": own, "anchor": self._anchor}
+        order = ["reference", *(["own", "anchor", "anchor", "own"] * (MAX_ROUNDS // 2))]
+        left_s = max(0.1, end - self.now_s())
+        made = self._rig.timed((visits[name] for name in order), first=1, group=2, least=MIN_ROUNDS, within_s=left_s)
+        for position, name in enumerate(order):
+            one = next(made)
+            taken[name].append(one.samples_ns)
+            if position and position % 2 == 0 and self._enough(taken, one.at_ns / 1e9 >= end):
+                break
+        self._rig.unload(own.what)
         level = {name: undisturbed(np.concatenate(samples), NETWORK_SHARE) for name, samples in taken.items()}
         return NetworkSample(
             widths=dict(widths),
@@ -74,7 +79,7 @@ class Timer:
             lost_ns=lost,
         )
 
-    def _enough(self, taken: Mapping[str, Sequence[Times]], end_s: float) -> bool:
+    def _enough(self, taken: Mapping[str, Sequence[Times]], late: bool) -> bool:
         """Whether to stop: enough rounds, and no time left or a ratio that is known well."""
         rounds = len(taken["own"])
         if rounds < MIN_ROUNDS:
@@ -82,17 +87,16 @@ class Timer:
         pairs = zip(taken["own"], taken["anchor"], strict=True)
         ratios = np.array([np.median(own) / np.median(anchor) for own, anchor in pairs])
         error = float(np.std(ratios, ddof=1) / np.mean(ratios)) / rounds**0.5
-        return self.now_s() >= end_s or rounds >= MAX_ROUNDS or (rounds >= SURE_ROUNDS and error < SURE)
+        return late or rounds >= MAX_ROUNDS or (rounds >= SURE_ROUNDS and error < SURE)
 
-    def _profiled(self, path: Path, widths: Mapping[str, int], own: Visit, seconds: float) -> tuple[list[SpanTime], float]:
+    def _profiled(self, widths: Mapping[str, int], own: Visit, seconds: float) -> tuple[list[SpanTime], float]:
         """Times by place: from the runtime's profile, or of segments where that does not tell the places apart."""
         import onnx
 
         if not self._segments:
-            one_s = max(1, int(np.median(time_burst(own.call, 2, self.clock)))) / 1e9
+            one_s = max(1, int(np.median(self._take(Visit(own.what, 0, 2))))) / 1e9
             runs = int(np.clip(seconds / one_s, MIN_RUNS, MAX_RUNS))
-            threads, precision = self._profile.threads, self._profile.precision
-            times, lost = attribute(self._backend.profile(path, threads=threads, precision=precision, runs=runs), self._sites)
+            times, lost = attribute(self._rig.profile(own.what, runs), self._sites)
             if not opaque(times, lost):
                 return times, lost
             self._segments = find_segments(self._maker, self._sites)
@@ -105,31 +109,27 @@ class Timer:
     def _segment(self, part: Segment, model: Any) -> SpanTime:
         """One segment timed as a network of its own."""
         what = self._visit(cut_out(model, part, self._folder / "segment.onnx"), self._profile.precision)
-        return SpanTime(part.sites, undisturbed(self._take(what), NETWORK_SHARE), "segment")
+        samples = self._take(what)
+        self._rig.unload(what.what)
+        return SpanTime(part.sites, undisturbed(samples, NETWORK_SHARE), "segment")
 
-    def _require_precision(self, path: Path) -> None:
+    def _require_precision(self, handle: int) -> None:
         """MissingError where the device runs something else than the profile says."""
         wanted = self._profile.precision
-        session = self._backend.open(path, threads=self._profile.threads, precision=wanted)
-        executed, source = session.executed_precision()
+        executed, source = self._rig.executed_precision(handle)
         if wanted not in executed.split("+"):
             message = f"{self._profile.runtime} runs this model in {executed}, not in {wanted} ({source})."
             raise MissingError(message, f"This device has no {wanted}; measure with --precision {executed.split('+')[0]}.")
 
+    def close(self) -> None:
+        """Give the device back."""
+        self._rig.close()
+
     def _take(self, what: Visit) -> Times:
-        for _ in range(what.lead):
-            what.call()
-        return time_burst(what.call, what.burst, self.clock)
+        return next(self._rig.timed([what])).samples_ns
 
     def _visit(self, path: Path, precision: str) -> Visit:
-        call = self._call(path, precision)
-        time_burst(call, 2, self.clock)
-        return visit(call, float(np.median(time_burst(call, 3, self.clock))))
-
-    def _call(self, path: Path, precision: str) -> Callable[[], object]:
-        session = self._backend.open(path, threads=self._profile.threads, precision=precision)
-        feeds = random_feeds(session.inputs, 0)
-        for output in session.run(feeds):
-            if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
-                raise TableError(f"The network {path.name} computes values that are not finite.", "Check the model's weights.")
-        return session.prepare(feeds)
+        loaded = self._rig.load(path, precision, check=True, bursts=(2, 3))
+        if not loaded.finite:
+            raise TableError(f"The network {path.name} computes values that are not finite.", "Check the model's weights.")
+        return visit(loaded.handle, float(np.median(loaded.bursts_ns[1])))

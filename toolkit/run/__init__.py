@@ -120,7 +120,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
     check_request(request)
     clock, out = Clock(), Path(request.out)
     precisions: tuple[Precision, ...] = ("fp32", "int8") if request.precision == "auto" else (request.precision,)
-    targets = [open_target(request.profile, request.threads, precision) for precision in precisions]
+    targets = [open_target(request.profile, request.threads, precision, on=request.on) for precision in precisions]
     begin = start(request, targets[0], out, clock, progress)
     try:
         job, choices, first = open_jobs(begin, targets)
@@ -313,7 +313,7 @@ def clear(out: Path) -> None:
 def export_dense(target: Target, traced: Traced, images: Images, out: Path, name: str) -> tuple[Artefact, ...]:
     profile = target.profile
     wanted = Wanted(
-        backend=target.backend,
+        backend=target.checking,
         formats=target.formats,
         threads=profile.threads,
         metadata={"edgekit.profile": profile.id, "edgekit.model": name},
@@ -327,9 +327,9 @@ def lower_dense(begin: Beginning, target: Target) -> tuple[Path, Quantizing, Qua
     folder.mkdir(exist_ok=True)
     profile = target.profile
     images = begin.images.calibration[:QUANTIZING_IMAGES]
-    how = quantizing_for(profile, target.backend, images, max_drop=begin.request.max_drop)
+    how = quantizing_for(profile, target.checking, images, max_drop=begin.request.max_drop)
     wanted = Wanted(
-        backend=target.backend, formats=target.formats, precision=profile.precision, threads=profile.threads, quantizing=how
+        backend=target.checking, formats=target.formats, precision=profile.precision, threads=profile.threads, quantizing=how
     )
     samples = loop.parity_samples(begin.images)
     source = from_program(begin.traced.program)
@@ -426,7 +426,7 @@ def compose(
         seed=request.seed,
         environment=environment(job.target),
         command=command_of(request),
-        notes=notes(traced, outcome, job.lowered is not None),
+        notes=(*notes(traced, outcome, job.lowered is not None), *where_judged(job.target)),
     )
 
 
@@ -529,12 +529,25 @@ def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ..
     )
 
 
+def where_judged(target: Target) -> tuple[str, ...]:
+    """Where what was done, if that is not all one machine."""
+    if not target.device.remote:
+        return ()
+    judge = "this machine" if target.here else "the device itself"
+    said = f"Latencies were measured on {target.profile.device}; accuracy, agreement and parity in {target.profile.runtime}"
+    if target.here and target.here.version() != target.backend.version():
+        said += f" {target.here.version()} (the device has {target.backend.version()})"
+    return (f"{said} on {judge}.",)
+
+
 def environment(target: Target) -> dict[str, str]:
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "device": target.fingerprint.device,
     }
+    if target.device.remote:
+        facts["measured on"] = target.profile.device
     return facts | versions() | {"threads": str(target.profile.threads), "fingerprint": target.fingerprint.id}
 
 
@@ -561,7 +574,12 @@ def command_of(request: RunRequest) -> str:
         "-o",
         request.out,
     ]
-    for flag, value in (("--weights", request.weights), ("--eval-data", request.eval_data), ("--classes", request.classes)):
+    for flag, value in (
+        ("--on", request.on),
+        ("--weights", request.weights),
+        ("--eval-data", request.eval_data),
+        ("--classes", request.classes),
+    ):
         words += [flag, value] if value else []
     if request.preprocess is not None:
         p = request.preprocess
@@ -669,13 +687,14 @@ def measure(
     seed: int,
     progress: Progress,
     out: Path | None = None,
+    on: str = "",
 ) -> TableSummary:
     """Fill the latency table that a model needs on a device; into `out` a profile with the device's table in it.
 
     Raises:
         EdgekitError: with what was wrong and what to run next.
     """
-    target = open_target(profile_id, threads, precision, measuring=True)
+    target = open_target(profile_id, threads, precision, measuring=True, on=on)
     if out is not None and out.exists() and any(out.iterdir()) and not (out / "profile.json").exists():
         raise UsageError(f"{out} is not empty and no profile.", "Give -o a new folder.")
     traced = load_and_trace(model, weights, preprocess, seed)
@@ -687,8 +706,11 @@ def measure(
     table = latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress)
     summary = table.model.summary(str(table.folder))
     if out is not None:
+        whose = "local" if target.device.remote else target.profile.device  # whoever is there, or goes there with --on
         described = f"Measured on {target.fingerprint.device}"
-        measured = msgspec.structs.replace(target.profile, id=profile_name(out), description=described, status="measured")
+        measured = msgspec.structs.replace(
+            target.profile, id=profile_name(out), device=whose, description=described, status="measured"
+        )
         save_json(out / "profile.json", measured)
         share_table(table.folder, out / "table", target.fingerprint)
         summary = msgspec.structs.replace(summary, path=str(out))

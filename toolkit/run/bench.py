@@ -20,6 +20,7 @@ def bench(
     progress: Progress,
     *,
     threads: int = 0,
+    on: str = "",
     statistic: Statistic = "median",
     sustained_s: float = 0.0,
     with_startup: bool = True,
@@ -38,7 +39,7 @@ def bench(
     Raises:
         EdgekitError: with what was wrong and what to run next; a gate that fails is no error but part of the answer.
     """
-    target = open_target(profile_id, threads, "fp32", measuring=True)
+    target = open_target(profile_id, threads, "fp32", measuring=True, on=on)
     earlier, names = load_json(Benchmark, against) if against else None, benches.labels(paths)
     if earlier is not None:
         gate.require_comparable(target.fingerprint, names, statistic, sustained_s, earlier, str(against))

@@ -30,7 +30,7 @@ class Accuracy:
 
 def predictions(target: Target, path: Path, images: Images, step: str, progress: Progress) -> Ints:
     """Top-1 class of every evaluation image. Uses every core: nothing is timed here."""
-    session = target.backend.open(path, threads=target.device.facts().cores, precision=target.profile.precision)
+    session = target.checking.open(path, threads=target.checking_threads, precision=target.profile.precision)
     name = session.inputs[0].name
     found: list[int] = []
     try:

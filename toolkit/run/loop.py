@@ -228,7 +228,7 @@ def write(job: Job, state: State, folder: Path) -> tuple[Artefact, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     profile = job.target.profile
     wanted = Wanted(
-        backend=job.target.backend,
+        backend=job.target.checking,
         formats=job.target.formats,
         precision=profile.precision,
         threads=profile.threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 
 import calibration
 from calibration import Dataset, Transform
-from toolkit import devices, profiles
+from toolkit import backends, devices, profiles
 from toolkit.backends import Backend
-from toolkit.devices import Device
-from toolkit.errors import DataError, UsageError
+from toolkit.devices import Device, local
+from toolkit.devices.link import parse_address
+from toolkit.errors import DataError, MissingError, UsageError
 from toolkit.export import RoughInt8, save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
 from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, load_table, solve
@@ -43,6 +45,17 @@ class Target:
     backend: Backend
     fingerprint: Fingerprint
     profile_id: str  # as it was asked for: an id or a path
+    here: Backend | None = None  # the runtime on this machine, where the device is another and this one has it too
+
+    @property
+    def checking(self) -> Backend:
+        """The runtime that files are read back and judged in."""
+        return self.here or self.backend
+
+    @property
+    def checking_threads(self) -> int:
+        """Of the machine that `checking` is on: nothing is timed there."""
+        return local.facts().cores if self.here else self.device.facts().cores
 
     @property
     def artefact_suffix(self) -> str:
@@ -54,10 +67,12 @@ class Target:
         return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
 
 
-def open_target(profile_id: str, threads: int = 0, precision: Precision | None = None, *, measuring: bool = False) -> Target:
-    """The profile with the request's threads (0: its own) and precision (None: its own).
+def open_target(
+    profile_id: str, threads: int = 0, precision: Precision | None = None, *, measuring: bool = False, on: str = ""
+) -> Target:
+    """The profile with the request's threads (0: its own) and precision (None: its own), on this machine or another.
 
-    `measuring`: latencies are all that is wanted, also of what this version cannot make yet.
+    `measuring`: latencies are all that is wanted, also of what this version cannot make yet. `on`: ssh://[user@]host[:port].
 
     Raises:
         UsageError: unknown profile, more threads than cores, or a precision or batch that pruning cannot target yet.
@@ -65,7 +80,6 @@ def open_target(profile_id: str, threads: int = 0, precision: Precision | None =
     """
     profile = profiles.load(profile_id)
     profiles.check_measurable(profile)
-    profiles.check_reachable(profile)
     precision = precision or profile.precision
     profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
     offered = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "int8", *(("bf16",) if measuring else ()))}
@@ -75,13 +89,42 @@ def open_target(profile_id: str, threads: int = 0, precision: Precision | None =
     if profile.batch != 1 and not measuring:
         message = f"Profile {profile.id} has batch {profile.batch}, which this version can only measure."
         raise UsageError(message, f"Run: edgekit measure MODEL -p {profile_id}, or use a profile with batch 1.")
+    profile = placed(profile, on)
+    profiles.check_reachable(profile)
     device = devices.open(profile)
-    cores = device.facts().cores
+    facts = device.facts()
+    cores = facts.cores
     if profile.threads > cores:
-        message = f"--threads {profile.threads} is more than the {cores} cores here."
+        message = f"--threads {profile.threads} is more than the {cores} cores {'there' if device.remote else 'here'}."
         raise UsageError(message, f"Run it again with --threads {cores}.")
     backend = device.backend(profile.runtime)
-    return Target(profile, device, backend, profiles.fingerprint(profile, backend.version()), profile_id)
+    found = profiles.fingerprint(profile, backend.version(), (facts.cpu, facts.instruction_set))
+    here = None
+    if device.remote:
+        with suppress(MissingError):
+            here = backends.get(profile.runtime)
+    return Target(profile, device, backend, found, profile_id, here)
+
+
+def placed(profile: Profile, on: str) -> Profile:
+    """The profile on another machine than this.
+
+    Raises:
+        UsageError: no address, or a profile that is not of a machine's own runtime.
+    """
+    if on in ("", "local"):
+        return profile
+    address = parse_address(on)
+    if profile.simulation is not None:
+        raise UsageError(f"Profile {profile.id} is simulated here, and on no other device.", "Run it again without --on.")
+    if profile.format == "tensorrt":
+        raise UsageError(
+            f"{profile.runtime} is not driven over ssh by this version.",
+            f"Run: edgekit export MODEL -p {profile.id}; it writes the trtexec command that builds the engine on the device.",
+        )
+    if profile.status != "template" and profile.device != "local":
+        raise UsageError(f"Profile {profile.id} is of the device {profile.device!r} already.", "Run it again without --on.")
+    return msgspec.structs.replace(profile, device=str(address), status="ready")  # what a template describes is there now
 
 
 def table_folder(target: Target) -> Path:

@@ -66,7 +66,7 @@ def sweep(request: RunRequest, budgets: Sequence[Budget], progress: Progress) ->
         raise UsageError(f"{out} is a file.", "Give -o a folder.")
     points = {each.out: kept for each in requests if (kept := finished(each, out)) is not None}
     if len(points) < len(requests):
-        target = open_target(request.profile, request.threads, request.precision)
+        target = open_target(request.profile, request.threads, request.precision, on=request.on)
         shared = out / SHARED
         try:
             begin = single.start(requests[0], target, shared, clock, progress)
