@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("devices",),
     ("bench", "export"),
-    ("latency", "prune", "report"),
+    ("latency", "prune", "report", "train"),
     ("run",),
     ("cli",),
     ("__init__", "__main__"),
@@ -32,7 +32,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # framework -> the units, or single modules, that may import it at all
 FRAMEWORKS: dict[str, set[str]] = {
-    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune"},
+    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune", "train"},
     "torchvision": {"models"},
     "onnx": {"backends", "bench", "export", "latency"},
     "onnxscript": {"export"},
@@ -50,6 +50,7 @@ AT_LOAD = {
     ("torch", "graph"),
     ("torch", "export"),
     ("torch", "prune"),
+    ("torch", "train"),
     ("torch", "demo.network"),
     ("rich", "cli"),
     ("click", "cli"),

@@ -41,6 +41,7 @@ from toolkit.prune.pruner import Scores
 from toolkit.run import loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.export import quantizing_for
+from toolkit.run.finetune import finetune
 from toolkit.run.prepare import (
     Images,
     Target,
@@ -51,12 +52,15 @@ from toolkit.run.prepare import (
     load_images,
     open_target,
 )
+from toolkit.run.psap import psap
+from toolkit.run.training import Trainer, check_request, forget, samples_for, trains
 from toolkit.schema import (
     Artefact,
     Budget,
     CategoryCounts,
     Effect,
     Evaluation,
+    FineTuned,
     GroupPlan,
     GroupReport,
     Groups,
@@ -124,6 +128,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         raise UsageError(message, "Run it again with --precision fp32, or without it.")
     if request.precision == "auto" and request.budget.unlimited:
         raise UsageError("Without a budget there is nothing to choose a precision by.", "Give one, or --precision int8.")
+    check_request(request)
     clock, out = Clock(), Path(request.out)
     precisions: tuple[Precision, ...] = ("fp32", "int8") if request.precision == "auto" else (request.precision,)
     targets = [open_target(request.profile, request.threads, precision) for precision in precisions]
@@ -134,6 +139,7 @@ def run(request: RunRequest, progress: Progress) -> Report:
         progress("trace", 1, 1)
     with clock.step("images"):
         images = load_images(request, traced.preprocess, traced.classes, progress)
+        trainer = Trainer(request, samples_for(request, images, traced.classes), out, progress) if trains(request) else None
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)
@@ -142,10 +148,14 @@ def run(request: RunRequest, progress: Progress) -> Report:
         measured = benches.measure(targets[0].profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
         progress("dense model", 1, 1)
     try:
-        begin = Beginning(request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress)
+        begin = Beginning(request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress, trainer)
         job, choices, first = open_jobs(begin, targets)
         with clock.step("prune"):
             outcome = prune(job, first)
+        tuned, one_shot = None, job.pruned_path(outcome.attempt.folder)
+        if request.finetune:
+            with clock.step("fine-tune"):
+                outcome, tuned = tune(job, outcome)
         chosen = outcome.attempt
         with clock.step("deliver"):
             artefacts = (*dense, *move(chosen, out))
@@ -155,13 +165,17 @@ def run(request: RunRequest, progress: Progress) -> Report:
             before = predictions(job.target, dense_path, images, "accuracy, dense", progress)
             after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
             accuracy = judge(before, after, images.labels)
+            if tuned is not None:
+                untuned = predictions(job.target, one_shot, images, "accuracy, one-shot", progress) if tuned.kept else after
+                tuned = with_one_shot(tuned, judge(before, untuned, images.labels))
             unpruned = quantized_dense(job, before)
     finally:
         for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered"):
             shutil.rmtree(leftover, ignore_errors=True)
     report = compose(job, traced, outcome, accuracy, held, clock, unpruned)
-    report = msgspec.structs.replace(report, precision_choices=choices)
+    report = msgspec.structs.replace(report, precision_choices=choices, finetuned=tuned)
     write_run(job, traced, outcome, artefacts, report)
+    forget(out)
     return report
 
 
@@ -169,7 +183,31 @@ def prune(job: loop.Job, first: Scores | None) -> loop.Outcome:
     """The network that the request's method makes of the dense one, measured; each method has a module of its own."""
     if job.request.budget.unlimited:
         return loop.without_budget(job)
+    if job.request.method == "psap":
+        return psap(job)
     return loop.close(job, first)
+
+
+def tune(job: loop.Job, outcome: loop.Outcome) -> tuple[loop.Outcome, FineTuned]:
+    """Fine-tuning, with what it changed but for the accuracy of the network before it."""
+    found = finetune(job, outcome)
+    record = FineTuned(
+        epochs=job.request.finetune,
+        images=found.images,
+        loss=job.request.train.loss,
+        held_back_before=found.before,
+        held_back_after=found.after,
+        kept=found.kept,
+        seconds=round(found.seconds, 1),
+        accuracy_one_shot=None,
+        agreement_one_shot=0.0,
+    )
+    return dataclasses.replace(found.outcome, notes=(*found.outcome.notes, *found.notes)), record
+
+
+def with_one_shot(tuned: FineTuned, found: Accuracy) -> FineTuned:
+    """The record with what the network was before fine-tuning."""
+    return msgspec.structs.replace(tuned, accuracy_one_shot=found.pruned, agreement_one_shot=found.agreement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +223,7 @@ class Beginning:
     dense_ns: float
     clock: Clock
     progress: Progress
+    trainer: Trainer | None = None
 
 
 def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tuple[PrecisionChoice, ...], Scores | None]:
@@ -243,6 +282,7 @@ def open_job(begin: Beginning, target: Target) -> loop.Job:
         exact_ns=exact_ns,
         progress=begin.progress,
         memory=memory_of(program),
+        trainer=begin.trainer,
     )
     if lowered:
         path, how, record = lowered
@@ -408,6 +448,8 @@ def size(path: Path) -> int:
 def describe_repair(repaired: object, request: RunRequest) -> str:
     from toolkit.prune.repair import Repaired
 
+    if request.method == "psap":
+        return "none, weights were trained"
     if not isinstance(repaired, Repaired):
         return "off" if not request.repair else "nothing was cut"
     solved = sum(layer.ridge >= 0 for layer in repaired.layers)
@@ -475,10 +517,14 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
 def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ...]:
     effects = outcome.scores[0].effects
     intervened = sum(e.source == "intervention" for e in effects)
-    return (
-        *traced.loaded.notes,
+    scored = (
         f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
         f"Scores used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
+    )
+    return (
+        *traced.loaded.notes,
+        *(scored if effects else ()),
+        *outcome.notes,
         "Times by kernel come from the latency table, not from a profile of the delivered file.",
         *(("Their dense is the unpruned network in int8; weights + activations are counted in fp32.",) if lowered else ()),
     )
