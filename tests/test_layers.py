@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("devices",),
     ("bench", "export"),
-    ("latency", "prune", "report"),
+    ("latency", "prune", "report", "train"),
     ("run",),
     ("api",),
     ("cli",),
@@ -33,7 +33,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # framework -> the units, or single modules, that may import it at all
 FRAMEWORKS: dict[str, set[str]] = {
-    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune"},
+    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune", "train"},
     "torchvision": {"models"},
     "onnx": {"backends", "bench", "devices.ssh", "export", "latency"},
     "onnxscript": {"export"},
@@ -51,6 +51,7 @@ AT_LOAD = {
     ("torch", "graph"),
     ("torch", "export"),
     ("torch", "prune"),
+    ("torch", "train"),
     ("torch", "demo.network"),
     ("rich", "cli"),
     ("click", "cli"),

@@ -62,17 +62,32 @@ class Budget(Record, frozen=True, kw_only=True):
 
 
 class Training(Record, frozen=True, kw_only=True):
-    """How weights are trained, by PSAP and by fine-tuning. `data` empty: the images of the run."""
+    """How weights are trained, by PSAP and by fine-tuning. `data` empty: the images of the run, without those it is judged on."""
 
     data: str = ""
+    images: Annotated[int, msgspec.Meta(ge=0)] = 0  # at most so many; 0: all
+    loss: Literal["distill", "labels"] = "distill"  # from the dense network, or cross-entropy
+    features: Annotated[float, msgspec.Meta(ge=0)] = 0.5  # weight of what the last layer reads, beside the outputs
+    augment: Literal["none", "crop", "crop+flip"] = "crop"  # crop: shifted by up to an eighth; flip suits photographs
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     batch: Annotated[int, msgspec.Meta(ge=1)] = 128
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.02
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.02  # at its highest; it ends at 0
+    momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
+    warmup: Annotated[int, msgspec.Meta(ge=0)] = 20  # steps in which the rate rises
+    statistics: Literal["updated", "frozen"] = "updated"  # of batch norms
+    checkpoint_steps: Annotated[int, msgspec.Meta(ge=1)] = 100
 
 
 class Psap(Record, frozen=True, kw_only=True):
     """PSAP's own choices."""
 
-    epochs: Annotated[int, msgspec.Meta(ge=1)] = 10
+    epochs: Annotated[int, msgspec.Meta(ge=1)] = 10  # in all
+    soft: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # share of them with soft masks, before surgery
+    steps: Annotated[int, msgspec.Meta(ge=1)] = 20  # times that the masks are chosen anew
+    ratios: Literal["sparsity", "uniform"] = "sparsity"  # how pruning is dealt to the layers
+    protect: bool = True  # keep gradients from shrinking filters that are not masked
+    scratch: bool = False  # begin with random weights
 
 
 class Crespr(Record, frozen=True, kw_only=True):
@@ -749,6 +764,20 @@ class PrecisionChoice(Record, frozen=True, kw_only=True):
     reason: str = ""  # why it is out of reach
 
 
+class FineTuned(Record, frozen=True, kw_only=True):
+    """What fine-tuning did to the delivered network. `held_back_*`: what it was trained to lessen, on images apart."""
+
+    epochs: int
+    images: int
+    loss: Literal["distill", "labels"]
+    held_back_before: float
+    held_back_after: float
+    kept: bool  # whether what is delivered is the fine-tuned network
+    seconds: float
+    accuracy_one_shot: float | None  # before fine-tuning, of the artefact in its own runtime; None without labels
+    agreement_one_shot: float
+
+
 class KernelTime(Record, frozen=True, kw_only=True):
     """Profiled time of one place of the network, dense and pruned; `note` says what a cut bought or why it did not."""
 
@@ -798,6 +827,7 @@ class Report(Record, frozen=True, kw_only=True):
     quantization: Quantization | None = None
     quantized_dense: QuantizedDense | None = None
     precision_choices: tuple[PrecisionChoice, ...] = ()  # where the precision was left to edgekit
+    finetuned: FineTuned | None = None
     prunable_macs_share: float
     prunable_latency_share: float
     floor_ns: float

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]  # [n, 4]: channels in, channels out, and both as padded
+Bound = Literal["fixed", "memory", "arithmetic"]  # what most of the time goes to
 
 FOLDS = 5
 WORTH = 0.97  # a less simple choice must lower the cross-validated error below this share of the simpler one's
@@ -50,17 +51,17 @@ class Formula:
             return self._sum(cells) @ self.coefficients
         return np.maximum(self._blocks(cells) @ self.coefficients, _elements(cells) @ self.slower)
 
-    def bound(self, cells: Cells) -> Literal["fixed", "memory", "arithmetic"]:
+    def bound(self, cells: Cells) -> Bound:
         """What most of the time of the first cell goes to: what no channel changes, memory by the element, or blocks."""
         elements, blocks = _elements(cells)[0, 1:], self._blocks(cells)[0, 1:]
         if self.slower is None:
             memory, work = float(elements @ self.coefficients[1:4]), float(blocks @ self.coefficients[4:])
-            parts = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
+            parts: dict[Bound, float] = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
         elif float(_elements(cells)[0] @ self.slower) > float(self._blocks(cells)[0] @ self.coefficients):
             parts = {"memory": float(elements @ self.slower[1:]), "fixed": float(self.slower[0])}
         else:
             parts = {"arithmetic": float(blocks @ self.coefficients[1:]), "fixed": float(self.coefficients[0])}
-        return max(parts, key=parts.__getitem__)  # type: ignore[return-value]
+        return max(parts, key=parts.__getitem__)
 
     def _sum(self, cells: Cells) -> Floats:
         return np.concatenate([_elements(cells), self._blocks(cells)[:, 1:]], axis=1)

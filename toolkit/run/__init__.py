@@ -41,6 +41,7 @@ from toolkit.prune.pruner import Scores
 from toolkit.run import loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.export import quantizing_for
+from toolkit.run.finetune import finetune
 from toolkit.run.prepare import (
     Images,
     Target,
@@ -51,12 +52,16 @@ from toolkit.run.prepare import (
     load_images,
     open_target,
 )
+from toolkit.run.psap import psap
+from toolkit.run.training import Trainer, forget, samples_for, trains
+from toolkit.run.training import check_request as check_training
 from toolkit.schema import (
     Artefact,
     Budget,
     CategoryCounts,
     Effect,
     Evaluation,
+    FineTuned,
     GroupPlan,
     GroupReport,
     Groups,
@@ -144,6 +149,7 @@ def check_request(request: RunRequest) -> None:
         raise UsageError(message, "Run it again with --precision fp32, or without it.")
     if request.precision == "auto" and request.budget.unlimited:
         raise UsageError("Without a budget there is nothing to choose a precision by.", "Give one, or --precision int8.")
+    check_training(request)
 
 
 def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress: Progress) -> Beginning:
@@ -155,6 +161,7 @@ def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress
         progress("trace", 1, 1)
     with clock.step("images"):
         images = load_images(request, traced.preprocess, traced.classes, progress)
+        trainer = Trainer(request, samples_for(request, images, traced.classes), out, progress) if trains(request) else None
     clear(out)
     with clock.step("dense"):
         progress("dense model", 0, 1)
@@ -163,7 +170,18 @@ def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress
         measured = benches.measure(target.profile, dense_path, statistic=request.statistic, time_limit_s=30.0)
         progress("dense model", 1, 1)
     return Beginning(
-        request, traced, images, candidates, out, dense_path, measured.latency_ns, clock, progress, held=held, dense=dense
+        request,
+        traced,
+        images,
+        candidates,
+        out,
+        dense_path,
+        measured.latency_ns,
+        clock,
+        progress,
+        held=held,
+        dense=dense,
+        trainer=trainer,
     )
 
 
@@ -176,7 +194,12 @@ def deliver(
     before: np.ndarray[Any, Any] | None = None,
 ) -> Report:
     """What pruning led to, written whole into the job's folder. `before`: the dense network's predictions, where known."""
-    chosen, out, images, progress = outcome.attempt, job.folder, job.images, job.progress
+    out, images, progress = job.folder, job.images, job.progress
+    tuned, one_shot = None, job.pruned_path(outcome.attempt.folder)
+    if job.request.finetune:
+        with clock.step("fine-tune"):
+            outcome, tuned = tune(job, outcome)
+    chosen = outcome.attempt
     with clock.step("deliver"):
         artefacts = (*begin.dense, *move(chosen, out))
         save_program(chosen.cut.state.program, out / "model.pt2")
@@ -186,10 +209,14 @@ def deliver(
             before = predictions(job.target, job.dense_path, images, "accuracy, dense", progress)
         after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
         accuracy = judge(before, after, images.labels)
+        if tuned is not None:
+            untuned = predictions(job.target, one_shot, images, "accuracy, one-shot", progress) if tuned.kept else after
+            tuned = with_one_shot(tuned, judge(before, untuned, images.labels))
         unpruned = quantized_dense(job, before)
     report = compose(job, begin.traced, outcome, accuracy, begin.held, clock, unpruned)
-    report = msgspec.structs.replace(report, precision_choices=choices)
+    report = msgspec.structs.replace(report, precision_choices=choices, finetuned=tuned)
     write_run(job, begin.traced, outcome, artefacts, report)
+    forget(out)
     return report
 
 
@@ -206,7 +233,31 @@ def prune(job: loop.Job, first: Scores | None, ladder: Sequence[loop.Rung] = ())
     """
     if job.request.budget.unlimited:
         return loop.without_budget(job)
+    if job.request.method == "psap":
+        return psap(job)
     return loop.close(job, first, ladder)
+
+
+def tune(job: loop.Job, outcome: loop.Outcome) -> tuple[loop.Outcome, FineTuned]:
+    """Fine-tuning, with what it changed but for the accuracy of the network before it."""
+    found = finetune(job, outcome)
+    record = FineTuned(
+        epochs=job.request.finetune,
+        images=found.images,
+        loss=job.request.train.loss,
+        held_back_before=found.before,
+        held_back_after=found.after,
+        kept=found.kept,
+        seconds=round(found.seconds, 1),
+        accuracy_one_shot=None,
+        agreement_one_shot=0.0,
+    )
+    return dataclasses.replace(found.outcome, notes=(*found.outcome.notes, *found.notes)), record
+
+
+def with_one_shot(tuned: FineTuned, found: Accuracy) -> FineTuned:
+    """The record with what the network was before fine-tuning."""
+    return msgspec.structs.replace(tuned, accuracy_one_shot=found.pruned, agreement_one_shot=found.agreement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +275,7 @@ class Beginning:
     progress: Progress
     held: Mapping[str, str]  # groups that are left whole, with the reason
     dense: tuple[Artefact, ...]
+    trainer: Trainer | None = None  # of a run that trains weights
 
 
 def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tuple[PrecisionChoice, ...], Scores | None]:
@@ -291,6 +343,7 @@ def job_without_floor(begin: Beginning, target: Target) -> loop.Job:
         exact_ns=exact_ns,
         progress=begin.progress,
         memory=memory_of(program),
+        trainer=begin.trainer,
     )
     if lowered:
         path, how, record = lowered
@@ -453,6 +506,8 @@ def size(path: Path) -> int:
 def describe_repair(repaired: object, request: RunRequest) -> str:
     from toolkit.prune.repair import Repaired
 
+    if request.method == "psap":
+        return "none, weights were trained"
     if not isinstance(repaired, Repaired):
         return "off" if not request.repair else "nothing was cut"
     solved = sum(layer.ridge >= 0 for layer in repaired.layers)
@@ -520,10 +575,14 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
 def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ...]:
     effects = outcome.scores[0].effects
     intervened = sum(e.source == "intervention" for e in effects)
-    return (
-        *traced.loaded.notes,
+    scored = (
         f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
         f"Scores used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
+    )
+    return (
+        *traced.loaded.notes,
+        *(scored if effects else ()),
+        *outcome.notes,
         "Times by kernel come from the latency table, not from a profile of the delivered file.",
         *(("Their dense is the unpruned network in int8; weights + activations are counted in fp32.",) if lowered else ()),
     )

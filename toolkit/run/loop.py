@@ -23,6 +23,7 @@ from toolkit.prune.allocate import Allocation, MemoryLimit, allocate, floor
 from toolkit.prune.harmless import fastest, harmless
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
+from toolkit.run.training import Trainer
 from toolkit.schema import Artefact, Comparison, Iteration, Quantization, Record, RunRequest, load_json, save_json
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
@@ -78,6 +79,7 @@ class Job:
     memory: Memory
     floor: Floor | None = None
     lowered: Lowered | None = None
+    trainer: Trainer | None = None  # of a run that trains weights
 
     @property
     def base(self) -> float:
@@ -175,6 +177,7 @@ class Outcome:
     rounds: int
     proof: float
     ladder: tuple[Rung, ...] = ()  # the networks on the way, and the one delivered
+    notes: tuple[str, ...] = ()  # of the method, for the report
 
 
 def rounds_for(budget: float, method: str = "causal") -> int:

@@ -150,8 +150,9 @@ def budgeted(base: loop.Job, request: RunRequest) -> loop.Job:
     exact_ns, folder = request.budget.latency_ns, Path(request.out)
     budget = exact_ns / loop.steady_ns(base, base.dense_ns) if exact_ns else request.budget.ratio
     dense_path = folder / base.dense_path.name
+    trainer = dataclasses.replace(base.trainer, request=request, folder=folder) if base.trainer else None
     return dataclasses.replace(
-        base, request=request, folder=folder, dense_path=dense_path, exact_ns=exact_ns, budget=budget, floor=None
+        base, request=request, folder=folder, dense_path=dense_path, exact_ns=exact_ns, budget=budget, floor=None, trainer=trainer
     )
 
 
