@@ -80,6 +80,8 @@ def open_target(
     """
     profile = profiles.load(profile_id)
     profiles.check_measurable(profile)
+    profile = placed(profile, on)
+    profiles.check_reachable(profile)
     precision = precision or profile.precision
     profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
     offered = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "int8", *(("bf16",) if measuring else ()))}
@@ -89,8 +91,6 @@ def open_target(
     if profile.batch != 1 and not measuring:
         message = f"Profile {profile.id} has batch {profile.batch}, which this version can only measure."
         raise UsageError(message, f"Run: edgekit measure MODEL -p {profile_id}, or use a profile with batch 1.")
-    profile = placed(profile, on)
-    profiles.check_reachable(profile)
     device = devices.open(profile)
     facts = device.facts()
     cores = facts.cores
