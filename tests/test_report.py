@@ -373,6 +373,11 @@ def test_a_command_without_a_folder_is_shown_alone() -> None:
     assert "Repeat it toolkit.run(request)" in text and "Verify it" not in text
 
 
+def test_computed_times_are_not_to_be_verified() -> None:
+    text = Page(html(samples.report(runtime="simulated 1"), samples.comparison())).text
+    assert "Verify it" not in text and "Time the files again" in text
+
+
 def test_hostile_names_are_text() -> None:
     page = page_of("missed, not valid, no labels, hostile")
     assert HOSTILE not in page

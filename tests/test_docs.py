@@ -1,0 +1,219 @@
+"""The README and every page of the documentation: their commands run as they stand there, their links lead somewhere.
+
+A page has blocks, indented by four spaces or fenced. In a block a line that begins with `edgekit`, `tools/`, `./tools/` or
+`python` is a command; its comment may say `# needs a board` (it is not run) or `# exits with 1`. A paragraph that ends in the
+name of a file and a colon has that file in the block behind it. All pages share one folder; the same command is run once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted(ROOT.glob("docs/*.md"))), "hw_profiles/README.md")
+RECORDS = ("docs/results.md",)  # figures with the commands that gave them, hours long, on data that is not here
+BOARD = "needs a board"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of a page, what it exits with, and whether it can only run with a board."""
+
+    text: str
+    code: int = 0
+    board: bool = False
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(the line before, the block) for every indented or fenced block; in lists blocks are indented by eight."""
+    found: list[tuple[str, str]] = []
+    before, lines, fenced = "", [], False
+
+    def close() -> None:
+        if any(lines):
+            found.append((before, textwrap.dedent("\n".join(lines)).strip("\n") + "\n"))
+        lines.clear()
+
+    for line in [*text.splitlines(), "."]:
+        if line.lstrip().startswith("```"):
+            close()
+            fenced = not fenced
+        elif fenced or line.startswith("    ") or (lines and not line.strip()):
+            lines.append(line)
+        else:
+            close()
+            before = line if line.strip() else before
+    return found
+
+
+def files(text: str) -> dict[str, str]:
+    """The files that a page shows."""
+    named = ((re.search(r"`([\w.]+\.\w+)`:$", before), block) for before, block in blocks(text))
+    return {match[1]: block for match, block in named if match}
+
+
+def commands(text: str) -> list[Command]:
+    found = []
+    for line in "".join(block for _, block in blocks(text)).replace("\\\n", " ").splitlines():
+        if re.match(r"(?:edgekit|python|\./tools/\w+|tools/\w+)(?: |$)", line):
+            command, _, comment = line.partition("  #")
+            code = re.search(r"exits with (\d)", comment)
+            found.append(Command(command.strip(), int(code[1]) if code else 0, BOARD in comment))
+    return found
+
+
+def run(command: str, tree: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    around = os.environ | {"PATH": path, "EDGEKIT_CACHE": str(cache)}
+    return subprocess.run(command, shell=True, cwd=tree, env=around, capture_output=True, text=True, timeout=900)
+
+
+# --- what a page says ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_two_commands_and_they_can_be_run() -> None:
+    found = [command.text for command in commands(README)]
+    assert found[:2] == ["./tools/quickstart", "./tools/test"]
+    assert all(os.access(ROOT / text.split()[0], os.X_OK) for text in found if "tools/" in text.split()[0])
+
+
+def test_the_readme_alone_goes_from_the_demo_to_the_report_of_an_own_network() -> None:
+    """In this order: the demo, a network and images of one's own, the run on them, its report."""
+    own = next(c.text for c in commands(README) if c.text.startswith("edgekit run net.py:model"))
+    assert {"net.py", "example.py"} <= set(files(README))
+    places = [
+        README.index(words) for words in ("./tools/quickstart", "from torch import nn", "images/\n", own, "out/report.html")
+    ]
+    assert places == sorted(places)
+    assert "--data images" in own and "-o out" in own
+
+
+def test_blocks_files_and_commands_are_found() -> None:
+    page = """Text with `net.py`:
+
+    def model():
+
+        pass
+
+Then
+
+    edgekit run net.py:model \\
+        --budget 1x    # exits with 1
+
+1. In a list
+
+        edgekit measure MODEL --on ssh://user@board    # needs a board
+
+```sh
+tools/verify out
+cat out/report.json
+```
+"""
+    assert files(page) == {"net.py": "def model():\n\n    pass\n"}
+    ran, board, fenced = commands(page)
+    assert (re.sub(" +", " ", ran.text), ran.code) == ("edgekit run net.py:model --budget 1x", 1)
+    assert board == Command("edgekit measure MODEL --on ssh://user@board", 0, True)
+    assert fenced == Command("tools/verify out")
+
+
+def test_only_what_needs_a_board_is_left_out() -> None:
+    """A command is marked if, and only if, it reaches for a board; and there are few of them."""
+    found = [(page, command) for page in PAGES if page not in RECORDS for command in commands(read(page))]
+    marked = [command.text for _, command in found if command.board]
+    assert [(page, command.text) for page, command in found if command.board != ("ssh://" in command.text)] == []
+    assert 0 < len(marked) < len(found) / 3
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", read(page)):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists() or target in LATER, (page, target)
+
+
+LATER = ("board.md", "api.md", "../docs/board.md", "docs/board.md", "docs/api.md")  # pages that other work brings
+
+
+def test_the_index_names_every_page() -> None:
+    index = read("docs/README.md")
+    assert [
+        page for page in PAGES if page.startswith("docs/") and page != "docs/README.md" and f"({page[5:]})" not in index
+    ] == []
+
+
+def test_the_files_of_the_file_map_exist() -> None:
+    block = README.split("## Files")[1].split("## ")[0]
+    inside = ""
+    for line in block.splitlines():
+        found = re.match(r"^    ( *)([\w./ ]+?)(?:\s{2,}|$)", line)
+        if not found:
+            continue
+        for name in found.group(2).split():
+            if name.endswith(("/", ".py")):
+                path = Path(inside, name) if found.group(1) else Path(name)
+                assert (ROOT / path).exists(), path
+        if not found.group(1):
+            inside = found.group(2).split()[0]
+
+
+def test_the_lines_of_python_run() -> None:
+    import patterns
+    import torch
+
+    block = next(block for _, block in blocks(README) if block.startswith("from toolkit.graph"))
+    known = {"model": patterns.Residual(), "images": torch.zeros(2, 3, 224, 224)}
+    exec(block, known)
+    assert known["smaller"].macs() < known["program"].macs()
+
+
+# --- what its commands do --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone as a reader has it, without what was written into it."""
+    folder = tmp_path_factory.mktemp("clone")
+    for entry in (".venv", "calibration", "docs", "hw_profiles", "toolkit", "tools", "pyproject.toml", "README.md"):
+        if (ROOT / entry).exists():
+            (folder / entry).symlink_to(ROOT / entry)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done() -> set[str]:
+    """Commands that have been run in the tree."""
+    return set()
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
+def test_the_commands_do_what_the_page_says(page: str, tree: Path, done: set[str], shared_cache: Path) -> None:
+    for name, text in (files(README) | files(read(page))).items():
+        (tree / name).write_text(text, encoding="utf-8")
+    for command in commands(read(page)):
+        if command.board or command.text in done or command.text == "./tools/test":  # which is what runs this
+            continue
+        done.add(command.text)
+        ran = run(command.text, tree, shared_cache)
+        assert ran.returncode == command.code, f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
+        if command.code:
+            continue
+        last = (ran.stdout.strip().splitlines() or [""])[-1]
+        if command.text.startswith(("./tools/quickstart", "edgekit run", "edgekit demo")) and "--json" not in command.text:
+            assert last.startswith("MET  "), last
+        if command.text.startswith("tools/verify"):
+            assert last == "VERIFIED"
