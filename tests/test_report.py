@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.report import figures, html, summary_text, units, verdict_line
-from toolkit.schema import CategoryCounts, FloatLayer, PrecisionChoice, Quantization, QuantizedDense, Report
+from toolkit.schema import CategoryCounts, FineTuned, FloatLayer, PrecisionChoice, Quantization, QuantizedDense, Report
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,22 @@ def lowered() -> Report:
     return samples.report(precision="int8", quantization=made, quantized_dense=alone, precision_choices=choices)
 
 
-REPORTS = {"int8": lowered(), "met": samples.report(), "missed, not valid, no labels, hostile": hostile(), "bare": bare()}
+def tuned(**changes: object) -> Report:
+    """Fine-tuned after pruning."""
+    made = FineTuned(
+        epochs=5, images=9000, loss="distill", held_back_before=0.08, held_back_after=0.02, kept=True, seconds=312.0,
+        accuracy_one_shot=0.8125, agreement_one_shot=0.925,
+    )  # fmt: skip
+    return samples.report(finetuned=msgspec.structs.replace(made, **changes))
+
+
+REPORTS = {
+    "tuned": tuned(),
+    "int8": lowered(),
+    "met": samples.report(),
+    "missed, not valid, no labels, hostile": hostile(),
+    "bare": bare(),
+}
 every_report = pytest.mark.parametrize("report", list(REPORTS.values()), ids=list(REPORTS))
 every_page = pytest.mark.parametrize("name", list(REPORTS))
 
@@ -194,6 +209,14 @@ def test_the_summary_fits_80_columns_without_control_codes(report: Report) -> No
     lines = printed(report).splitlines()
     assert max(map(len, lines)) <= 80
     assert all(line.isprintable() for line in lines)
+
+
+def test_accuracy_before_fine_tuning_is_told_apart() -> None:
+    text, page = printed(tuned()), Page(page_of("tuned")).text
+    assert re.search(r"top-1, one-shot +81.2 % +5 epochs after", text) and "Top-1, one-shot 81.2 % 5 epochs after" in page
+    unlabelled = printed(tuned(accuracy_one_shot=None, kept=False))
+    assert re.search(r"same top-1, one-shot +92.5 % +5 epochs did not help", unlabelled)
+    assert "one-shot" not in printed(samples.report())
 
 
 def test_what_eight_bits_give_alone_and_why_they_were_taken_is_told() -> None:

@@ -74,6 +74,7 @@ class Training(Record, frozen=True, kw_only=True):
     lr: Annotated[float, msgspec.Meta(gt=0)] = 0.02  # at its highest; it ends at 0
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
+    clip: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # the gradient's norm is at most this; 0: no limit
     warmup: Annotated[int, msgspec.Meta(ge=0)] = 20  # steps in which the rate rises
     statistics: Literal["updated", "frozen"] = "updated"  # of batch norms
     checkpoint_steps: Annotated[int, msgspec.Meta(ge=1)] = 100

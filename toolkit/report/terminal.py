@@ -115,6 +115,9 @@ def _comparison(report: Report) -> Table:
         points = units.signed(100 * (report.accuracy_pruned - report.accuracy_dense))
         row("top-1", units.share(report.accuracy_dense), units.share(report.accuracy_pruned), f"{points} points")
     row("same top-1 as dense", "", units.share(report.agreement), f"{report.evaluation_images} images")
+    if (tuned := report.finetuned) is not None:
+        name, value, epochs = units.one_shot(tuned)
+        row(name, "", value, epochs)
     if (alone := report.quantized_dense) is not None:
         latency = units.duration(alone.ratio * report.dense_ns, report.budget_ns)
         row(f"{report.precision} alone, unpruned", "", latency, units.change(1, alone.ratio))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from toolkit.schema import Conditions, Report
+from toolkit.schema import Conditions, FineTuned, Report
 
 _SCALES = (("s", 1e9), ("ms", 1e6), ("us", 1e3))
 
@@ -106,6 +106,14 @@ def conditions(found: Conditions) -> list[tuple[str, str]]:
         ("Temperature", "not known" if heat is None else f"{heat[0]:.0f} to {heat[1]:.0f} degrees C"),
         ("Throttled", "not known" if throttled is None else f"{throttled} times"),
     ]
+
+
+def one_shot(tuned: FineTuned) -> tuple[str, str, str]:
+    """(what, how much, and what came after) of a network before its fine-tuning."""
+    after = f"{tuned.epochs} epoch{'s' if tuned.epochs > 1 else ''} {'after' if tuned.kept else 'did not help'}"
+    if tuned.accuracy_one_shot is None:
+        return "same top-1, one-shot", share(tuned.agreement_one_shot), after
+    return "top-1, one-shot", share(tuned.accuracy_one_shot), after
 
 
 def by_reason(held: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

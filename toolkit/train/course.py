@@ -103,6 +103,8 @@ def train(
                 message = f"Training diverged: the loss is {float(loss)} at step {step + 1} of {course.steps}."
                 raise ModelError(message, f"Run it again with a lower rate: --set train.lr={how.lr / 4:g}")
             loss.backward()  # type: ignore[no-untyped-call]
+            if how.clip:
+                torch.nn.utils.clip_grad_norm_(named.values(), how.clip)
             decay(how, named)
             if mend:
                 mend(module, step)
