@@ -202,7 +202,9 @@ def calls_named(*names: str) -> list[tuple[str, str]]:
 def test_only_the_command_prints_or_exits() -> None:
     found = calls_named("print", "input", "exit", "quit", "sys.exit", "os._exit")
     agent = "toolkit.devices.agent"  # a program of its own, on another machine
-    assert not [(module, call) for module, call in found if module != agent and unit_of(module) not in ("cli", "__main__", "__init__")]
+    assert not [
+        (module, call) for module, call in found if module != agent and unit_of(module) not in ("cli", "__main__", "__init__")
+    ]
 
 
 def test_no_file_can_bring_code_along() -> None:
