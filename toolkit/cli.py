@@ -660,6 +660,7 @@ def bench(
 @click.option("--opset", type=click.IntRange(7), callback=lambda c, p, value: value or 0, help="Written, or an error.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--compute-capability", default="", metavar="X.Y", help="GPU that an engine is for; default: the profile's.")
+@on_option
 @seed_option
 @json_option
 def export(model: str, as_json: bool, **given: Any) -> None:

@@ -687,6 +687,7 @@ class ExportRequest(Record, frozen=True, kw_only=True):
     opset: int = 0  # 0: edgekit's own, or the file's
     dynamic_batch: bool = False
     compute_capability: str = ""  # empty: the profile's
+    on: str = ""  # the device, as ssh://[user@]host[:port]; empty: this machine
 
 
 class Exported(Record, frozen=True, kw_only=True):

@@ -16,10 +16,11 @@ import calibration
 from toolkit import backends, devices, profiles
 from toolkit import bench as benches
 from toolkit.backends import Backend, trtexec
+from toolkit.devices.link import Address, parse_address
 from toolkit.errors import DataError, MissingError, ModelError, UsageError
 from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
 from toolkit.export.onnx_ import OPSET
-from toolkit.run.prepare import Progress, load_and_trace, transform_of
+from toolkit.run.prepare import Progress, load_and_trace, placed, transform_of
 from toolkit.schema import Artefact, Exported, ExportRequest, Format, Precision, Preprocess, Profile, load_json, save_json
 
 LEAST_IMAGES = 8
@@ -31,10 +32,13 @@ class Place:
 
     profile: Profile
     backend: Backend
+    engine_on: Address | None = None  # where the engine is to be built by trtexec
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        return ("onnx", self.profile.format) if self.profile.format != "onnx" else ("onnx",)
+        if self.profile.format == "onnx" or self.engine_on is not None:
+            return ("onnx",)
+        return ("onnx", self.profile.format)
 
     @property
     def runs_here(self) -> bool:
@@ -68,7 +72,9 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
             artefacts = export_artefacts(source, folder, "model", "dense", wanted, samples, progress)
         except MissingError as error:
             raise handed_over(error, folder, out, place) from None
-        made = Exported(request=request, profile=place.profile, artefacts=artefacts, notes=notes(artefacts, wanted))
+        made = Exported(
+            request=request, profile=place.profile, artefacts=artefacts, notes=(*notes(artefacts, wanted), *to_do(out, place))
+        )
         if place.profile.precision == "int8" and place.runs_here and not request.dynamic_batch:
             made = timed(made, source, wanted, folder, progress)
         forget(out)
@@ -88,6 +94,20 @@ def handed_over(error: MissingError, folder: Path, out: Path, place: Place) -> M
     os.replace(folder / onnx_path.name, onnx_path)
     command = trtexec.text(trtexec.build_engine(onnx_path, program=trtexec.PROGRAMS[place.profile.runtime]))
     return MissingError(error.message, f"{onnx_path} was written and checked. On the device, run: {command}")
+
+
+def to_do(out: Path, place: Place) -> tuple[str, ...]:
+    """What is left to the user where an engine is to be built on a device. Never run by edgekit; docs/targets.md says so."""
+    if place.engine_on is None:
+        return ()
+    address, name = place.engine_on, "model.onnx"
+    login = f"{address.user}@{address.host}" if address.user else address.host
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    target = f"{address.user}@{host}" if address.user else host
+    build = trtexec.text(trtexec.build_engine(Path(name), program=trtexec.PROGRAMS[place.profile.runtime]))
+    copy = ["scp", *(["-P", str(address.port)] if address.port else []), str(out / name), f"{target}:{name}"]
+    there = ["ssh", *(["-p", str(address.port)] if address.port else []), login, build]
+    return (f"engines are built where they run, by TensorRT's own tool: {trtexec.text(copy)} && {trtexec.text(there)}",)
 
 
 def forget(out: Path) -> None:
@@ -114,8 +134,12 @@ def find_place(request: ExportRequest) -> Place:
     profile = msgspec.structs.replace(profile, precision=precision)
     if request.compute_capability:
         profile = msgspec.structs.replace(profile, compute_capability=request.compute_capability)
+    if profile.format == "tensorrt" and request.on not in ("", "local"):
+        return Place(profile, backends.get("onnxruntime"), parse_address(request.on))
     if profile.format == "tensorrt":
         return Place(profile, backends.get(profile.runtime))
+    if request.on not in ("", "local"):
+        return Place(placed(profile, request.on), backends.get(profile.runtime))
     return Place(profile, devices.open(profile).backend(profile.runtime))
 
 
