@@ -21,7 +21,7 @@ import pytest
 from networks import residual
 from PIL import Image
 
-from toolkit import cli
+from toolkit import cli, profiles
 from toolkit.devices import local
 from toolkit.schema import Benchmark, Comparison, Plan, Report, from_json, load_json
 
@@ -183,7 +183,9 @@ def test_the_doctor_answers_in_json(call: Call) -> None:
     simulated = {"simulated-cpu", "simulated-gpu", "simulated-npu"}
     measured = "epyc-avx512-onnxruntime"
     engines = {"tensorrt", "tensorrt-rtx"}
-    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino", measured} | simulated | engines
+    templates = {profile.id for profile in profiles.list_profiles() if profile.status == "template"}
+    assert set(facts["profiles"]) == {"local-onnxruntime", "local-openvino", measured} | simulated | engines | templates
+    assert all(facts["profiles"][name].startswith("template: nothing measured; edgekit measure") for name in templates)
     assert all("builds engines" in facts["profiles"][name] or "runtime missing" in facts["profiles"][name] for name in engines)
     assert all(facts["profiles"][name] == "ready" for name in simulated)
     assert facts["profiles"][measured] == "ready" or "measured on another device: " in facts["profiles"][measured]

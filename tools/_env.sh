@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: `ensure_env EXTRAS` makes .venv and installs edgekit into it, once per pyproject.toml.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV="$ROOT/.venv"
 
 fail() {
