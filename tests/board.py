@@ -1,4 +1,4 @@
-"""A board for tests: Debian's own sshd on loopback, with keys, configuration and a home of its own; and links made bad on purpose."""
+"""A board for tests: Debian's own sshd on loopback, with keys and a home of its own; and links made bad on purpose."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ BAD: list[tuple[str, dict[str, str], str, str]] = [  # name, what is changed, wo
     ("precision", {"--precision": "int8", "-p": "simulated-cpu"}, "--precision int8 is nothing that", "--precision fp32"),
     ("memory-in-int8", {"--precision": "int8", "--max-memory": "1MB"}, "counts a network in fp32", "--precision fp32"),
     ("auto-without-budget", {"--precision": "auto", "--budget": "none"}, "nothing to choose a precision by", "--precision int8"),
-    ("device", {"--on": "ssh://board"}, "not supported", "without --on"),
+    ("device", {"--on": "ssh://-board"}, "is no device", "ssh://user@host"),
     ("few-samples", {"--samples": "4"}, "4 is not in the range", "edgekit run --help"),
     ("keep-nothing", {"--keep": "nope"}, "--keep nope matches no channel group", "0, 3, 6"),
     ("keep-all", {"--keep": "*"}, "No channel group of this model can be pruned", "fewer --keep"),

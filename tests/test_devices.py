@@ -67,7 +67,8 @@ def test_every_sensor_is_read(machine: Path) -> None:
         ("proc/self/task", "waiting"), ("proc/pressure", "cpu_pressure"), ("proc/stat", "steal"), ("proc/loadavg", "run_queue"),
         ("sys/devices/system/cpu/cpu0/cpufreq", ""), ("sys/class/thermal", "temperature_c"),
         ("sys/devices/system/cpu", "clock_hz"), ("sys/devices/system/cpu", "throttled"),
-        ("sys/class/devfreq", "accelerator_hz"), ("sys/class/hwmon", "power_w"), ("sys/class/powercap", "energy_j"), ("proc/self/clear_refs", "memory_peak_bytes"),
+        ("sys/class/devfreq", "accelerator_hz"), ("sys/class/hwmon", "power_w"), ("sys/class/powercap", "energy_j"),
+        ("proc/self/clear_refs", "memory_peak_bytes"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_tell_is_named_with_its_place(machine: Path, gone: str, name: str) -> None:

@@ -237,7 +237,7 @@ threads_option = click.option(
     callback=lambda context, parameter, value: value or 0,
     help="Default: the profile's.",
 )
-on_option = click.option("--on", default="", metavar="URL", help="Measure on ssh://[user@]host[:port]; default: this machine.")
+on_option = click.option("--on", default="", metavar="URL", help="ssh://[user@]host[:port] to measure on.")
 seed_option = click.option("--seed", default=0, show_default=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the record as JSON on stdout.")
 statistic_option = click.option(
