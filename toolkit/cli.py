@@ -348,8 +348,9 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Choices of a method: psap.epochs=20.")
 @seed_option
 @click.option("--on", "where", default="", help="Device to measure on; default: this machine.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @json_option
-def run(budget: str, as_json: bool, **given: Any) -> None:
+def run(budget: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
     MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
@@ -357,11 +358,29 @@ def run(budget: str, as_json: bool, **given: Any) -> None:
     from toolkit.budget import parse_budget
 
     request = request_of(parse_budget(budget), **given)
+    if dry_run:
+        show_dry_run(request, as_json)
+        return
     from toolkit import api
 
     with progress() as shown:
         report = api.run(request, shown)
     finish(report, as_json)
+
+
+def show_dry_run(request: RunRequest, as_json: bool) -> None:
+    """Print what a run would do."""
+    from toolkit.report import terminal
+    from toolkit.run.dry import dry_run
+    from toolkit.schema import to_json
+
+    with progress() as shown:
+        found = dry_run(request, shown)
+    if as_json:
+        click.echo(to_json(found), nl=False)
+        return
+    for line in terminal.dry_run(found):
+        click.echo(line)
 
 
 def request_of(
@@ -423,7 +442,7 @@ def finish_sweep(found: Sweep, out: Path, as_json: bool) -> NoReturn:
     raise SystemExit(0 if found.verdict == "met" else 1)
 
 
-sweep.params += [option for option in run.params if option.name not in ("budget", "out", "as_json")]
+sweep.params += [option for option in run.params if option.name not in ("budget", "out", "as_json", "dry_run")]
 
 
 @cli.command(cls=Command, example="edgekit demo --budget 0.5x -o demo-out")
