@@ -47,3 +47,33 @@ def test_the_command_does_its_work_through_the_interface() -> None:
 def test_the_examples_of_the_page_run(documented: tuple[Path, dict[str, Any]]) -> None:
     folder, names = documented
     assert names["report"].measured_ns < names["report"].dense_ns and (folder / "api-pruned" / "pruned.json").exists()
+
+
+def test_every_verb_answers_in_json() -> None:
+    import click
+
+    from toolkit.cli import cli
+
+    assert isinstance(cli, click.Group)
+    without = [name for name, verb in cli.commands.items() if not any("--json" in option.opts for option in verb.params)]
+    assert not without
+
+
+def test_no_colour_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+    from samples import report
+
+    from toolkit.report import summary_text
+
+    def printed() -> str:
+        stream = io.StringIO()
+        Console(file=stream, force_terminal=True, color_system="standard", width=80).print(summary_text(report()))
+        return stream.getvalue()
+
+    coloured = re.compile("\x1b\\[(?:\\d+;)*[34]\\dm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert coloured.search(printed())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured.search(printed())

@@ -143,3 +143,28 @@ def test_a_plan_of_a_run_gives_its_widths_again(documented: tuple[Path, dict[str
     of_run = json.loads((folder / "api-out" / "plan.json").read_text())
     assert names["made"].widths == {group["name"]: group["width_after"] for group in of_run["groups"]}
     assert names["made"].parameters_pruned == names["report"].parameters_pruned
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from toolkit.api import Preprocess, RunRequest, parse_budget
+    from toolkit.report import terminal
+    from toolkit.run.dry import dry_run
+
+    monkeypatch.setenv("EDGEKIT_CACHE", str(place / "cache"))
+    np.savez(place / "data.npz", images=np.zeros((40, 8, 8, 3), np.uint8), labels=np.arange(40) % 3)
+    request = RunRequest(
+        model="net.py:net", data="data.npz", out="out", budget=parse_budget("0.8x"), profile="simulated-cpu",
+        preprocess=Preprocess(input=(1, 3, 8, 8)), keep=("stem",),
+    )  # fmt: skip
+    before = sorted(place.rglob("*"))
+    found = dry_run(request, quiet)
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in path.parts] == before
+    assert found.groups == {"inner": (0, 1, 2, 3, 4)} and found.held["stem"] == "kept on request"
+    assert (found.calibration_images, found.evaluation_images, found.rounds, found.table_known) == (30, 10, 2, False)
+    assert found.table_s > 0 and found.total_s > found.table_s + found.scoring_s > 0
+    assert found.budget_ns == pytest.approx(0.8 * found.dense_ns)
+    text = "\n".join(terminal.dry_run(found))
+    assert "inner: 4 channels, or 0, 1, 2, 3 (0: the branch goes)" in text and "nothing was written" in text

@@ -408,7 +408,7 @@ def request_of(
 @out_option("sweep-out")
 @json_option
 def sweep(budgets: str, out: str, as_json: bool, **given: Any) -> None:
-    """Prune MODEL to several budgets: accuracy over latency, and its knee.
+    """Prune MODEL to several budgets, and find the knee.
 
     One table, one dense measurement and one first scoring serve all. DIR/BUDGET/ holds what `run` leaves, DIR/sweep.html the
     curve. Run again, it keeps what is finished.
@@ -702,7 +702,7 @@ def export(model: str, as_json: bool, **given: Any) -> None:
 @click.option("-o", "--out", "file", type=click.Path(path_type=Path), help="Of several runs: write a page with their picture.")
 @json_option
 def report(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
-    """Show a finished run or sweep and write its page anew; compare several.
+    """Show a finished run or sweep; compare several.
 
     \b
     edgekit report out/                   one run: report.html, as `run` wrote it
@@ -794,6 +794,12 @@ def doctor(as_json: bool) -> None:
             click.echo(f"  {name:<20} {value}")
 
 
+def writable(folder: Path) -> str:
+    """What to do where the folder cannot be written to, else nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return "" if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else "  cannot be written: set EDGEKIT_CACHE to a folder"
+
+
 def examine() -> dict[str, dict[str, str]]:
     """Versions, machine, profiles and caches, without importing a framework."""
     import platform
@@ -826,9 +832,11 @@ def examine() -> dict[str, dict[str, str]]:
         if not profile.simulation and not util.find_spec(profile.runtime):
             return f'runtime missing; python -m pip install "edgekit[{profile.runtime.replace("_", "-")}]"'
         if profile.format == "tensorrt":
-            return "builds engines, runs none"
+            return "builds engines, runs none: `edgekit export -p ...` here, then trtexec on the device"
         elsewhere = known.measured_on(profile.id)
-        return f"measured on another device: {elsewhere}" if elsewhere not in ("", facts.cpu) else "ready"
+        if elsewhere in ("", facts.cpu):
+            return "ready"
+        return f"measured on another device: {elsewhere}; your own: edgekit measure MODEL -p local-{profile.runtime}"
 
     cache = known.cache_dir()
     tables = sorted(path.parent.name for path in cache.rglob("header.json")) if cache.exists() else []
@@ -842,5 +850,5 @@ def examine() -> dict[str, dict[str, str]]:
         "packages": versions,
         "machine": machine,
         "profiles": {profile.id: usable(profile) for profile in known.list_profiles()},
-        "cache": {"folder": str(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
+        "cache": {"folder": str(cache) + writable(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
     }

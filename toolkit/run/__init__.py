@@ -178,6 +178,7 @@ def deliver(
     """What pruning led to, written whole into the job's folder. `before`: the dense network's predictions, where known."""
     chosen, out, images, progress = outcome.attempt, job.folder, job.images, job.progress
     with clock.step("deliver"):
+        progress("files", 0, 1)
         artefacts = (*begin.dense, *move(chosen, out))
         save_program(chosen.cut.state.program, out / "model.pt2")
         save_weights(chosen.cut.state.program, out / "weights.safetensors")
@@ -187,9 +188,11 @@ def deliver(
         after = predictions(job.target, job.pruned_path(out), images, "accuracy, pruned", progress)
         accuracy = judge(before, after, images.labels)
         unpruned = quantized_dense(job, before)
+    progress("report", 0, 1)
     report = compose(job, begin.traced, outcome, accuracy, begin.held, clock, unpruned)
     report = msgspec.structs.replace(report, precision_choices=choices)
     write_run(job, begin.traced, outcome, artefacts, report)
+    progress("report", 1, 1)
     return report
 
 
