@@ -37,3 +37,21 @@ def maker(exports: list[tuple[dict[str, int], Any]]) -> Any:
     from toolkit.latency import solve
 
     return solve(exports[:-1], FORMS, exports[-1])
+
+
+@pytest.fixture(scope="session")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder in which the examples of docs/api.md were run in their order, and the names they left."""
+    import re
+    import textwrap
+
+    root, folder = Path(__file__).parent.parent, tmp_path_factory.mktemp("documented")
+    (folder / "toolkit").symlink_to(root / "toolkit")
+    blocks = re.findall(r"^\n((?:    .*\n|\n)+)", (root / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEKIT_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        for block in blocks:
+            exec(compile(textwrap.dedent(block), "docs/api.md", "exec"), names)
+    return folder, names

@@ -25,7 +25,7 @@ from toolkit import cli, profiles
 from toolkit.devices import local
 from toolkit.schema import Benchmark, Comparison, Plan, Report, from_json, load_json
 
-VERBS = ("run", "demo", "measure", "bench", "export", "report", "profiles", "doctor")
+VERBS = ("run", "sweep", "demo", "prune", "measure", "bench", "export", "report", "profiles", "doctor")
 INPUT = ("--input", "1x3x16x16")
 pytestmark = [pytest.mark.slow, pytest.mark.timed]
 

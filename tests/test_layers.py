@@ -33,7 +33,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # framework -> the units, or single modules, that may import it at all
 FRAMEWORKS: dict[str, set[str]] = {
-    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune", "train"},
+    "torch": {"demo", "programs", "weights", "graph", "models", "export", "prune", "train", "run.dry"},
     "torchvision": {"models"},
     "onnx": {"backends", "bench", "devices.ssh", "export", "latency"},
     "onnxscript": {"export"},

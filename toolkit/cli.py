@@ -349,8 +349,9 @@ def finish(report: Report, as_json: bool) -> NoReturn:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Choices of a method: psap.epochs=20.")
 @seed_option
 @on_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @json_option
-def run(budget: str, as_json: bool, **given: Any) -> None:
+def run(budget: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL to a latency budget, export, measure and report.
 
     MODEL is a torchvision name, package.module:function, file.py:function or a .pt2 program.
@@ -358,11 +359,29 @@ def run(budget: str, as_json: bool, **given: Any) -> None:
     from toolkit.budget import parse_budget
 
     request = request_of(parse_budget(budget), **given)
+    if dry_run:
+        show_dry_run(request, as_json)
+        return
     from toolkit import api
 
     with progress() as shown:
         report = api.run(request, shown)
     finish(report, as_json)
+
+
+def show_dry_run(request: RunRequest, as_json: bool) -> None:
+    """Print what a run would do."""
+    from toolkit.report import terminal
+    from toolkit.run.dry import dry_run
+    from toolkit.schema import to_json
+
+    with progress() as shown:
+        found = dry_run(request, shown)
+    if as_json:
+        click.echo(to_json(found), nl=False)
+        return
+    for line in terminal.dry_run(found):
+        click.echo(line)
 
 
 def request_of(
@@ -388,7 +407,7 @@ def request_of(
 @out_option("sweep-out")
 @json_option
 def sweep(budgets: str, out: str, as_json: bool, **given: Any) -> None:
-    """Prune MODEL to several budgets: accuracy over latency, and its knee.
+    """Prune MODEL to several budgets, and find the knee.
 
     One table, one dense measurement and one first scoring serve all. DIR/BUDGET/ holds what `run` leaves, DIR/sweep.html the
     curve. Run again, it keeps what is finished.
@@ -422,7 +441,7 @@ def finish_sweep(found: Sweep, out: Path, as_json: bool) -> NoReturn:
     raise SystemExit(0 if found.verdict == "met" else 1)
 
 
-sweep.params += [option for option in run.params if option.name not in ("budget", "out", "as_json")]
+sweep.params += [option for option in run.params if option.name not in ("budget", "out", "as_json", "dry_run")]
 
 
 @cli.command(cls=Command, example="edgekit demo --budget 0.5x -o demo-out")
@@ -689,7 +708,7 @@ def export(model: str, as_json: bool, **given: Any) -> None:
 @click.option("-o", "--out", "file", type=click.Path(path_type=Path), help="Of several runs: write a page with their picture.")
 @json_option
 def report(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
-    """Show a finished run or sweep and write its page anew; compare several.
+    """Show a finished run or sweep; compare several.
 
     \b
     edgekit report out/                   one run: report.html, as `run` wrote it
@@ -783,6 +802,12 @@ def doctor(as_json: bool) -> None:
             click.echo(f"  {name:<20} {value}")
 
 
+def writable(folder: Path) -> str:
+    """What to do where the folder cannot be written to, else nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return "" if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else "  cannot be written: set EDGEKIT_CACHE to a folder"
+
+
 def examine() -> dict[str, dict[str, str]]:
     """Versions, machine, profiles and caches, without importing a framework."""
     import platform
@@ -817,9 +842,11 @@ def examine() -> dict[str, dict[str, str]]:
         if not profile.simulation and not util.find_spec(profile.runtime):
             return f'runtime missing; python -m pip install "edgekit[{profile.runtime.replace("_", "-")}]"'
         if profile.format == "tensorrt":
-            return "builds engines, runs none"
+            return "builds engines, runs none: `edgekit export -p ...` here, then trtexec on the device"
         elsewhere = known.measured_on(profile.id)
-        return f"measured on another device: {elsewhere}" if elsewhere not in ("", facts.cpu) else "ready"
+        if elsewhere in ("", facts.cpu):
+            return "ready"
+        return f"measured on another device: {elsewhere}; your own: edgekit measure MODEL -p local-{profile.runtime}"
 
     cache = known.cache_dir()
     tables = sorted(path.parent.name for path in cache.rglob("header.json")) if cache.exists() else []
@@ -833,5 +860,5 @@ def examine() -> dict[str, dict[str, str]]:
         "packages": versions,
         "machine": machine,
         "profiles": {profile.id: usable(profile) for profile in known.list_profiles()},
-        "cache": {"folder": str(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
+        "cache": {"folder": str(cache) + writable(cache), "tables": ", ".join(tables) or "none; the first run measures one"},
     }

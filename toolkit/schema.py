@@ -849,6 +849,30 @@ class Report(Record, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class DryRun(Record, frozen=True, kw_only=True):
+    """What a run would do. Times are rough; the dense latency is from a short measurement."""
+
+    schema: int = SCHEMA
+    model: str
+    profile: str
+    runtime: str
+    budget: str
+    budget_ns: float
+    dense_ns: float
+    groups: dict[str, tuple[int, ...]]  # candidate widths of what can be cut, 0: the whole branch
+    held: dict[str, str]  # what stays whole, and why
+    parameters: int
+    macs: int
+    calibration_images: int
+    evaluation_images: int
+    rounds: int
+    table_known: bool
+    table_s: float  # to measure a latency table; 0 where there is one
+    scoring_s: float
+    total_s: float
+    out: str
+
+
 class SweepPoint(Record, frozen=True, kw_only=True):
     """One budget of a sweep. `refused`: there is no such network, `reason` says why; what it would have measured is None then."""
 

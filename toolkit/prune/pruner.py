@@ -83,6 +83,13 @@ def response_images(program: Program, candidates: Mapping[str, Sequence[int]], a
     return min(available, max(RESPONSE_IMAGES[0], min(RESPONSE_IMAGES[1], affordable)))
 
 
+def scoring_macs(program: Program, candidates: Mapping[str, Sequence[int]], available: int, passes: float) -> float:
+    """Multiply-accumulates of the forward passes of one round: responses in two orders, and effects."""
+    images = response_images(program, candidates, max(1, available // 3))
+    interventions = sum(len(widths) + 1 for widths in candidates.values())
+    return (0.5 * interventions + passes + 2) * images * float(program.macs())
+
+
 def fit_images(program: Program, available: int) -> int:
     """How many further images the consumers' weights are solved on."""
     return min(available, max(FIT_IMAGES[0], min(FIT_IMAGES[1], int(FIT_MACS / max(1, program.macs())))))

@@ -13,11 +13,22 @@ from toolkit.schema import Compared, RunComparison, Sweep, SweepPoint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 TEMPLATE = Path(__file__).with_name("curve.html.j2")
-SWEPT = ("budget", "verdict", "measured", "95 % interval", "speedup", "top-1", "change", "same top-1", "parameters", "size")
-COMPARED = ("run", "verdict", "budget", "measured", "speedup", "top-1", "same top-1", "size", "method", "best")
-NUMBERS = frozenset({"measured", "95 % interval", "speedup", "top-1", "change", "same top-1", "parameters", "size"})
+SWEPT = ("budget", "verdict", "measured", "95 % interval", "speedup", "top-1", "change", "agree", "parameters", "size")
+COMPARED = ("run", "budget", "measured", "speedup", "top-1", "agree", "size", "method")
+STAR = "*: no other run that may be compared with it is as fast and as accurate"
+ONLY_ON_PAGE = frozenset({"95 % interval", "size"})  # 80 columns are not enough for all
+NUMBERS = frozenset({"measured", "95 % interval", "speedup", "top-1", "change", "agree", "parameters", "size"})
+
+
+def _compact(title: str, columns: Sequence[str]) -> Table:
+    """A table whose numbers are never broken; names are, where the terminal is narrow."""
+    table = _table(title, *((name, name in NUMBERS) for name in columns))
+    for column in table.columns:
+        column.no_wrap = column.header in NUMBERS
+    return table
 
 
 # --- sweep ---------------------------------------------------------------------------------------------------------------
@@ -41,11 +52,12 @@ def sweep_text(sweep: Sweep) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    table = _table("Budgets", *((name, name in NUMBERS) for name in SWEPT))
-    if sweep.dense_ns is not None:
-        table.add_row(*_dense_row(sweep))
-    for point in sweep.points:
-        table.add_row(*_point_row(sweep, point))
+    rows = [_dense_row(sweep)] if sweep.dense_ns is not None else []
+    rows += [_point_row(sweep, point) for point in sweep.points]
+    shown = [name for name in SWEPT if name not in ONLY_ON_PAGE]
+    table = _compact("Budgets", shown)
+    for row in rows:
+        table.add_row(*(cell for name, cell in zip(SWEPT, row, strict=True) if name in shown))
     heading = f"{sweep.model} on {sweep.profile}, method {sweep.method}, {sweep.precision}"
     notes = [_hanging(f"{point.budget}: {point.reason}") for point in sweep.points if point.reason]
     return Group(Text(heading, style="dim"), table, *notes, _hanging(_knee(sweep)))
@@ -142,13 +154,13 @@ def comparison_line(found: RunComparison) -> str:
 
 
 def comparison_text(found: RunComparison) -> RenderableType:
-    """Finished runs as one table, and why some may not be compared."""
+    """Finished runs as one table, a star at those that no other beats, and why some may not be compared."""
     from rich.console import Group
 
-    table = _table("Runs", *((name, name in NUMBERS) for name in COMPARED))
+    table = _compact("Runs", COMPARED)
     for run in found.runs:
         table.add_row(*_run_row(run))
-    return Group(table, *(_hanging(text) for text in _differences(found)))
+    return Group(table, *(_hanging(text) for text in (STAR, *_differences(found))))
 
 
 def _differences(found: RunComparison) -> list[str]:
@@ -157,16 +169,14 @@ def _differences(found: RunComparison) -> list[str]:
 
 def _run_row(run: Compared) -> list[str]:
     return [
-        run.folder,
-        run.verdict + ("" if run.valid else ", not valid"),
-        run.budget,
+        f"{'* ' if run.best else ''}{run.folder}",
+        f"{run.budget} {run.verdict}" + ("" if run.valid else ", not valid"),
         units.duration(run.measured_ns),
         units.factor(run.speedup),
         "" if run.accuracy is None else units.share(run.accuracy),
         units.share(run.agreement),
         units.size(run.size_bytes),
         run.method if run.precision == "fp32" else f"{run.method}, {run.precision}",
-        "" if run.differs else "yes" if run.best else "no",
     ]
 
 
@@ -188,7 +198,7 @@ def comparison_html(found: RunComparison) -> str:
     """The runs and their picture on one page that loads nothing."""
     quality = "agreement" if any(run.accuracy is None for run in found.runs) else "top-1"
     rows = [(_run_row(run), "") for run in found.runs]
-    line, notes = comparison_line(found), _differences(found)
+    line, notes = comparison_line(found), [STAR, *_differences(found)]
     command = f"edgekit report {' '.join(run.folder for run in found.runs)}"
     return _page("Runs compared", line, found.comparable, COMPARED, rows, run_networks(found), quality, "", notes, command)
 

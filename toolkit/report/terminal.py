@@ -12,6 +12,7 @@ from toolkit.schema import (
     AlignmentEvidence,
     Artefact,
     Benchmark,
+    DryRun,
     Gate,
     KernelDifference,
     KernelProfile,
@@ -390,3 +391,24 @@ def pruned(found: Pruned, out: str) -> list[str]:
         lines.append(f"repair {verb}: distortion on held-back images {units.small(before)} -> {units.small(after)}")
     lines += exported(out, found.artefacts, (), 0.0, ())
     return [*lines, "not measured yet; run:", f"  {found.next_command}"]
+
+
+def dry_run(found: DryRun) -> list[str]:
+    """What a run would do, in lines."""
+    lines = [
+        f"{found.model} on {found.profile} ({found.runtime}): {units.count(found.parameters)} parameters,"
+        f" {units.count(found.macs)} MACs, about {units.duration(found.dense_ns)}",
+        f"budget {found.budget}: {units.duration(found.budget_ns, found.dense_ns)}"
+        + (", met without pruning" if found.budget_ns >= found.dense_ns and found.budget != NO_BUDGET else ""),
+        f"{len(found.groups)} channel groups can be cut:",
+    ]
+    for name, widths in found.groups.items():
+        narrower = ", ".join(map(str, widths[:-1]))
+        lines.append(f"  {name}: {widths[-1]} channels, or {narrower}" + (" (0: the branch goes)" if widths[0] == 0 else ""))
+    lines += [f"left whole: {', '.join(names)}: {reason}" for reason, names in units.by_reason(found.held.items()).items()]
+    lines.append(f"{found.calibration_images} images to score and repair on, {found.evaluation_images} to count accuracy on")
+    table = "there is one" if found.table_known else f"none yet, about {units.seconds(found.table_s)} to measure"
+    lines.append(f"latency table: {table}")
+    rounds = f"{found.rounds} round{'s' if found.rounds > 1 else ''}"
+    lines.append(f"{rounds} of scoring, about {units.seconds(found.scoring_s)}; in all about {units.seconds(found.total_s)}")
+    return [*lines, f"nothing was written; without --dry-run the results go to {found.out}"]

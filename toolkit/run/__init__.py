@@ -201,6 +201,7 @@ def deliver(
             outcome, tuned = tune(job, outcome)
     chosen = outcome.attempt
     with clock.step("deliver"):
+        progress("files", 0, 1)
         artefacts = (*begin.dense, *move(chosen, out))
         save_program(chosen.cut.state.program, out / "model.pt2")
         save_weights(chosen.cut.state.program, out / "weights.safetensors")
@@ -213,10 +214,12 @@ def deliver(
             untuned = predictions(job.target, one_shot, images, "accuracy, one-shot", progress) if tuned.kept else after
             tuned = with_one_shot(tuned, judge(before, untuned, images.labels))
         unpruned = quantized_dense(job, before)
+    progress("report", 0, 1)
     report = compose(job, begin.traced, outcome, accuracy, begin.held, clock, unpruned)
     report = msgspec.structs.replace(report, precision_choices=choices, finetuned=tuned)
     write_run(job, begin.traced, outcome, artefacts, report)
     forget(out)
+    progress("report", 1, 1)
     return report
 
 

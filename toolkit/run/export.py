@@ -68,6 +68,7 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
         samples |= {"real": images[:1]} if len(images) else {}
         if (out / "timing.cache").exists():
             shutil.copy(out / "timing.cache", folder / "timing.cache")
+        progress("files", 0, 1)
         try:
             artefacts = export_artefacts(source, folder, "model", "dense", wanted, samples, progress)
         except MissingError as error:

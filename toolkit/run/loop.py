@@ -200,8 +200,11 @@ def measure_floor(job: Job) -> tuple[Mapping[str, int], Comparison]:
     lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns, memory=job.memory_limit())
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
+    job.progress("floor", 0, 1)
     write(job, state, folder)
-    return lowest.widths, compare(job, job.pruned_path(folder), lowest.widths)
+    measured = compare(job, job.pruned_path(folder), lowest.widths)
+    job.progress("floor", 1, 1)
+    return lowest.widths, measured
 
 
 def above(job: Job, widths: Mapping[str, int], measured: Comparison) -> Floor:
@@ -314,6 +317,7 @@ def propose(job: Job, state: State, scores: Scores, share: float, part: float = 
     """Widths for a share of the dense latency as the table has it now."""
     arguments = (job.program.groups, options(job, state), scores.losses, job.model.costs(), job.model.overhead_ns)
     memory = job.memory_limit(part)
+    job.progress("allocation", 0, 1)
     try:
         return allocate(*arguments, share / job.base * job.model.predict(job.dense_widths), memory=memory)
     except BudgetError:
