@@ -5,9 +5,9 @@ drop its connections between modules; ordered by module, its weight is then bloc
 
 `regroup` brings every tensor into that order. The order of a dimension follows from its labels alone, so tensors of the same
 channels have the same order; parameters are permuted where they stand, and what flows between them follows. The true order of
-every tensor is carried along operator by operator: where an operator's inputs do not have an order that it passes on, they are put
-back into their first order before it, and where its output is not in the order that its labels ask for (a padded shortcut), it is
-reordered behind it. So a graph that is not understood costs time, and is never wrong. `prove_modules` shows it for each program.
+every tensor is carried along operator by operator: where an operator's inputs do not have an order that it passes on, they are
+put back into their first order before it, and where its output is not in the order that its labels ask for (a padded shortcut),
+it is reordered behind it. So a graph that is not understood costs time, and is never wrong. `prove_modules` shows it for each program.
 """
 
 from __future__ import annotations
@@ -476,7 +476,7 @@ def make_grouped(module: GraphModule, node: Node, count: int) -> None:
 
 
 def regroup(program: Program, modules: Assignment, count: int, names: Sequence[str] | None = None) -> Modular:
-    """The program with these operators (None: all that can be) made of modules; connections between modules are gone from them."""
+    """The program with these operators (None: all that can be) made of modules; they have no connections between modules left."""
     possible, refused = modular_operators(program, modules, count)
     chosen = [name for name in possible if names is None or name in names]
     walk = rewritten(program, modules, count, chosen, shared_copy(program.module))

@@ -38,7 +38,7 @@ from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
 from toolkit.prune.pruner import Scores
-from toolkit.run import loop
+from toolkit.run import crespr, loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.export import quantizing_for
 from toolkit.run.prepare import (
@@ -167,6 +167,8 @@ def run(request: RunRequest, progress: Progress) -> Report:
 
 def prune(job: loop.Job, first: Scores | None) -> loop.Outcome:
     """The network that the request's method makes of the dense one, measured; each method has a module of its own."""
+    if job.request.method == "crespr":
+        return crespr.close(job, first)[0]
     if job.request.budget.unlimited:
         return loop.without_budget(job)
     return loop.close(job, first)

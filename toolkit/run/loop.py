@@ -55,6 +55,18 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A form that every plan is delivered in, besides its widths: `finish` brings a cut network into it.
+
+    `measured` is the unpruned network in this form beside the dense one; `key` tells forms apart where latencies are remembered.
+    """
+
+    measured: Comparison
+    key: str
+    finish: Callable[[Cut], Cut]
+
+
+@dataclass(frozen=True)
 class Job:
     """What stays the same throughout a run.
 
@@ -78,11 +90,17 @@ class Job:
     memory: Memory
     floor: Floor | None = None
     lowered: Lowered | None = None
+    shape: Shape | None = None
+
+    @property
+    def unpruned(self) -> Comparison | None:
+        """The unpruned network at the delivered precision and in the delivered form; None where that is the dense one."""
+        return self.lowered.measured if self.lowered else self.shape.measured if self.shape else None
 
     @property
     def base(self) -> float:
-        """Latency of the unpruned network at the delivered precision, as a share of the dense one's."""
-        return self.lowered.measured.ratio if self.lowered else 1.0
+        """Latency of the unpruned network as it would be delivered, as a share of the dense one's."""
+        return self.unpruned.ratio if self.unpruned else 1.0
 
     def memory_limit(self, part: float = 1.0) -> MemoryLimit | None:
         """What a plan may take once `part` of the way to the limit is behind it; None without a limit."""
@@ -147,6 +165,7 @@ class Attempt:
     folder: Path
     measured: Comparison
     predicted: float  # share of dense, after the scale that was in force
+    plain: State  # before it was brought into the delivered form: what the next round starts from
     confirmed: Comparison | None = None  # measured again in a fresh process
 
     @property
@@ -240,7 +259,8 @@ def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
 
 def remembered(job: Job, widths: Mapping[str, int]) -> Path:
     """The file of what these widths measured."""
-    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
+    known = [job.request.statistic, sorted(widths.items()), *([job.shape.key] if job.shape else [])]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     return job.plans / f"{digest}.json"
 
 
@@ -293,7 +313,7 @@ def propose(job: Job, state: State, scores: Scores, share: float, part: float = 
 
 def nothing_gained(job: Job, found: Attempt) -> bool:
     """Whether nothing went, so that a slower network inside the budget does not exist."""
-    return job.lowered is not None and found.allocation.widths == job.dense_widths
+    return job.unpruned is not None and found.allocation.widths == job.dense_widths
 
 
 def memory_decides(job: Job, state: State, scores: Scores, found: Attempt) -> bool:
@@ -337,11 +357,13 @@ def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scal
 
 def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder: Path) -> Attempt:
     """What was cut, exported and measured."""
+    plain = done.state
+    done = job.shape.finish(done) if job.shape else done
     job.progress("export and measure", 0, 1)
     artefacts = write(job, done.state, folder)
     measured = compare(job, job.pruned_path(folder), allocation.widths)
     job.progress("export and measure", 1, 1)
-    return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths))
+    return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths), plain)
 
 
 def choose(jobs: Sequence[Job]) -> tuple[Job, list[float], Scores]:
@@ -370,7 +392,7 @@ def close(job: Job, first: Scores | None = None) -> Outcome:
     limit = job.memory_limit()
     tightest = min(job.budget / job.base, limit.limit_bytes / job.memory.bytes_at(job.dense_widths) if limit else 1.0)
     rounds = job.request.rounds or rounds_for(tightest, job.request.method)
-    whole = job.lowered is not None and job.upper(job.lowered.measured) <= HIGHEST  # nothing need go
+    whole = job.unpruned is not None and job.upper(job.unpruned) <= HIGHEST  # nothing need go
     rounds = 1 if whole else rounds
     state, scale, proof = State(job.program), 1.0, 0.0
     history: list[Scores] = []
@@ -411,7 +433,7 @@ def close(job: Job, first: Scores | None = None) -> Outcome:
             tried.append(narrowest(job, state, scores, job.folder / f".attempt{r}.floor"))
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
-        state = found.cut.state
+        state = found.plain
     return Outcome(deliver(job, tried), tuple(history), tuple(iterations), rounds, proof)
 
 
