@@ -94,7 +94,9 @@ class Psap(Record, frozen=True, kw_only=True):
 class Crespr(Record, frozen=True, kw_only=True):
     """CRESPR's own choices."""
 
-    modules: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: chosen on the latency table
+    modules: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # 0: chosen on measured latency
+    coupling: Literal["activations", "weights"] = "activations"  # what connections are weighed by
+    clustering: Literal["spectral", "random"] = "spectral"  # random: for comparison
 
 
 class RunRequest(Record, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from toolkit.graph import Program, apply, prove
+from toolkit.graph.modular import Modular
 from toolkit.prune.consumers import unscored
 from toolkit.prune.effects import TIERS, Sensitivity, affordable, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
@@ -56,12 +57,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Form:
+    """A network's modules: of every channel of some groups, as they are after a cut, and the program that has them."""
+
+    modules: Mapping[str, tuple[int, ...]]
+    modular: Modular
+
+
+@dataclass(frozen=True)
 class Cut:
-    """The outcome of one cut: the state after it, how exact the proof was and what the repair did."""
+    """The outcome of one cut: the state after it, how exact the proof was and what the repair did; its modules, if any."""
 
     state: State
     proof: float
     repaired: Repaired | None
+    form: Form | None = None
 
 
 def candidate_widths(width: int, floor: int, least: int) -> tuple[int, ...]:
@@ -112,7 +122,7 @@ def score(
 
     Args:
         candidates: widths to ask about by group; groups that are missing are left alone.
-        method: `causal`; `cswap`, which has no responses; or a baseline order: `taylor`, `l1`, `l2`, `random`.
+        method: `causal`, which `crespr` prunes widths by too; `cswap`, which has no responses; or a baseline order: `taylor`, `l1`, `l2`, `random`.
     """
     program = state.program
     names = [g.name for g in program.prunable if g.name in candidates]
@@ -174,7 +184,7 @@ def removal_orders(
     seed: int,
 ) -> dict[str, Sequence[int] | None]:
     """Candidate orders of removal by name; None is greedy least-squares elimination."""
-    if method == "causal":
+    if method in ("causal", "crespr"):
         causal: dict[str, Sequence[int] | None] = {"causal effect": causal_order(effects, group)}
         return {"least squares": None, **causal} if repair else causal
     if method == "taylor":

@@ -106,10 +106,12 @@ def dense_targets(
     """Sampled rows of the dense network's tensors: each consumer's output, or its residual sum where it joins one."""
     places = {name: joins[name].node if name in joins else name for name in sampled}
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in sampled}
+    nodes = dense.program.nodes  # a linear may have become a convolution since
+    theirs = {name: consumer(dense.program, nodes[name]) or c for name, c in consumers.items()}
     with torch.no_grad():
         for chunk in chunked(dense.program, images):
             _, kept = dense.run(chunk, keep=set(places.values()))
-            for name, c in consumers.items():
+            for name, c in theirs.items():
                 parts[name].append(target_rows(c, kept[places[name]], sampled[name].at))
     return {n: torch.cat(p) for n, p in parts.items()}
 
@@ -237,7 +239,12 @@ def refit(
 
 
 def repair(
-    dense: Engine, pruned: Program, alive: Mapping[str, Sequence[int]], images: torch.Tensor, progress: Progress
+    dense: Engine,
+    pruned: Program,
+    alive: Mapping[str, Sequence[int]],
+    images: torch.Tensor,
+    progress: Progress,
+    orders: Mapping[str, Sequence[int]] | None = None,
 ) -> Repaired:
     """Repair every operator behind the first cut.
 
@@ -245,6 +252,7 @@ def repair(
         dense: the original network. Its node names are the pruned program's.
         alive: per group the surviving original channels; groups that are missing are whole.
         images: calibration inputs [M, ...]; the last quarter is held back for choosing.
+        orders: by operator, where its output channels have come from among the surviving ones; those missing are in order.
     """
     program = pruned
     matters = position_importance(dense, images)
@@ -271,6 +279,8 @@ def repair(
                 positions = sampled[node.name]
                 x = torch.cat([rows(c, node, env[c.source], positions.at) for env in state])  # type: ignore[arg-type]
                 keep = surviving(dense.program, operand(dense.program.nodes[node.name], 1).name, 0, alive)
+                if orders and node.name in orders:
+                    keep = keep[torch.as_tensor(orders[node.name])]
                 target = targets.pop(node.name)[:, keep]
                 other = None
                 if node.name in joins:

@@ -38,7 +38,7 @@ from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
 from toolkit.prune.pruner import Scores
-from toolkit.run import loop
+from toolkit.run import crespr, loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
 from toolkit.run.export import quantizing_for
 from toolkit.run.finetune import finetune
@@ -234,6 +234,8 @@ def prune(job: loop.Job, first: Scores | None, ladder: Sequence[loop.Rung] = ())
 
     `ladder`: networks of looser budgets, for a method that can go on from them.
     """
+    if job.request.method == "crespr":
+        return crespr.close(job, first)[0]
     if job.request.budget.unlimited:
         return loop.without_budget(job)
     if job.request.method == "psap":

@@ -39,7 +39,9 @@ def dry_run(request: RunRequest, progress: Progress) -> DryRun:
         EdgekitError: what `run` would raise by then.
     """
     single.check_request(request)
-    target = open_target(request.profile, request.threads, None if request.precision == "auto" else request.precision)
+    target = open_target(
+        request.profile, request.threads, None if request.precision == "auto" else request.precision, on=request.on
+    )
     progress("trace", 0, 1)
     traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
     candidates, held = allocatable(traced.program, request.keep, request.min_width)

@@ -56,6 +56,18 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A form that every plan is delivered in, besides its widths: `finish` brings a cut network into it.
+
+    `measured` is the unpruned network in this form beside the dense one; `key` tells forms apart where latencies are remembered.
+    """
+
+    measured: Comparison
+    key: str
+    finish: Callable[[Cut], Cut]
+
+
+@dataclass(frozen=True)
 class Job:
     """What stays the same throughout a run.
 
@@ -79,12 +91,18 @@ class Job:
     memory: Memory
     floor: Floor | None = None
     lowered: Lowered | None = None
+    shape: Shape | None = None
     trainer: Trainer | None = None  # of a run that trains weights
 
     @property
+    def unpruned(self) -> Comparison | None:
+        """The unpruned network at the delivered precision and in the delivered form; None where that is the dense one."""
+        return self.lowered.measured if self.lowered else self.shape.measured if self.shape else None
+
+    @property
     def base(self) -> float:
-        """Latency of the unpruned network at the delivered precision, as a share of the dense one's."""
-        return self.lowered.measured.ratio if self.lowered else 1.0
+        """Latency of the unpruned network as it would be delivered, as a share of the dense one's."""
+        return self.unpruned.ratio if self.unpruned else 1.0
 
     def memory_limit(self, part: float = 1.0) -> MemoryLimit | None:
         """What a plan may take once `part` of the way to the limit is behind it; None without a limit."""
@@ -149,6 +167,7 @@ class Attempt:
     folder: Path
     measured: Comparison
     predicted: float  # share of dense, after the scale that was in force
+    plain: State  # before it was brought into the delivered form: what the next round starts from
     confirmed: Comparison | None = None  # measured again in a fresh process
 
     @property
@@ -272,7 +291,8 @@ def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
 
 def remembered(job: Job, widths: Mapping[str, int]) -> Path:
     """The file of what these widths measured."""
-    digest = hashlib.sha256(json.dumps([job.request.statistic, sorted(widths.items())]).encode()).hexdigest()[:16]
+    known = [job.request.statistic, sorted(widths.items()), *([job.shape.key] if job.shape else [])]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     return job.plans / f"{digest}.json"
 
 
@@ -326,7 +346,7 @@ def propose(job: Job, state: State, scores: Scores, share: float, part: float = 
 
 def nothing_gained(job: Job, found: Attempt) -> bool:
     """Whether nothing went, so that a slower network inside the budget does not exist."""
-    return job.lowered is not None and found.allocation.widths == job.dense_widths
+    return job.unpruned is not None and found.allocation.widths == job.dense_widths
 
 
 def memory_decides(job: Job, state: State, scores: Scores, found: Attempt) -> bool:
@@ -370,11 +390,13 @@ def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scal
 
 def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder: Path) -> Attempt:
     """What was cut, exported and measured."""
+    plain = done.state
+    done = job.shape.finish(done) if job.shape else done
     job.progress("export and measure", 0, 1)
     artefacts = write(job, done.state, folder)
     measured = compare(job, job.pruned_path(folder), allocation.widths)
     job.progress("export and measure", 1, 1)
-    return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths))
+    return Attempt(done, allocation, artefacts, folder, measured, scale * job.predicted(allocation.widths), plain)
 
 
 def choose(jobs: Sequence[Job]) -> tuple[Job, list[float], Scores]:
@@ -426,7 +448,7 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
 
     `first`: the scores of the dense network, where they are known. `ladder`: networks of looser budgets to go on from.
     """
-    whole = job.lowered is not None and job.upper(job.lowered.measured) <= HIGHEST  # nothing need go
+    whole = job.unpruned is not None and job.upper(job.unpruned) <= HIGHEST  # nothing need go
     start = Rung(State(job.program), job.base, scores=first)
     start = start if whole else rung_for(job, [start, *ladder])
     rounds = 1 if whole else max(1, rounds_asked(job) - start.rounds)
@@ -470,9 +492,9 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
             tried.append(narrowest(job, state, scores, job.folder / f".attempt{r}.floor"))
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
-        state = found.cut.state
+        state = found.plain
     chosen, done = deliver(job, tried), start.rounds + rounds
-    rungs.append(Rung(chosen.cut.state, confirmation(chosen).ratio, done, tuple(history), None, proof))
+    rungs.append(Rung(chosen.plain, confirmation(chosen).ratio, done, tuple(history), None, proof))
     return Outcome(chosen, tuple(history), tuple(iterations), done, proof, tuple(rungs))
 
 
