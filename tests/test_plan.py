@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +117,27 @@ def test_all_faults_are_told_at_once() -> None:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "net.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
-    save_json(tmp_path / "plan.json", plan(inner=(0, 3), stem=(1, 2, 5)))
     return tmp_path
 
 
-@pytest.mark.slow
-def test_without_repair_the_weights_are_those_of_the_model_that_stay(place: Path) -> None:
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pruned]:
+    """The folder that a plan was applied in, without repair, and what came out."""
     from toolkit.api import Preprocess, prune
 
-    made = prune(
-        "net.py:net", "plan.json", "out", preprocess=Preprocess(input=(1, 3, 8, 8)), profile="simulated-cpu", repair=False
+    folder = tmp_path_factory.mktemp("applied")
+    (folder / "net.py").write_text(NETWORK)
+    save_json(folder / "plan.json", plan(inner=(0, 3), stem=(1, 2, 5)))
+    preprocess = Preprocess(input=(1, 3, 8, 8))
+    out = folder / "out"
+    return folder, prune(
+        f"{folder}/net.py:net", folder / "plan.json", out, preprocess=preprocess, profile="simulated-cpu", repair=False
     )
+
+
+@pytest.mark.slow
+def test_without_repair_the_weights_are_those_of_the_model_that_stay(applied: tuple[Path, Pruned]) -> None:
+    place, made = applied
     expected = apply(PROGRAM, {"inner": (0, 3), "stem": (1, 2, 5)}).module.state_dict()
     found = load_file(place / "out" / "weights.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -133,8 +146,65 @@ def test_without_repair_the_weights_are_those_of_the_model_that_stay(place: Path
     assert load_json(Plan, place / "out" / "plan.json") == load_json(Plan, place / "plan.json")
     words = made.next_command.split()
     assert words[:2] == ["edgekit", "bench"] and all(Path(word).is_file() for word in words[2:4])
+
+
+def test_a_repair_needs_images_and_a_finished_run_is_not_written_over(place: Path) -> None:
+    from toolkit.api import prune
+
+    save_json(place / "plan.json", plan())
     with pytest.raises(UsageError, match="The repair needs calibration images"):
-        prune("net.py:net", "plan.json", "other", preprocess=Preprocess(input=(1, 3, 8, 8)), profile="simulated-cpu")
+        prune("net.py:net", "plan.json", "out")
+    (place / "out").mkdir()
+    (place / "out" / "report.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a finished run"):
+        prune("net.py:net", "plan.json", "out", repair=False)
+
+
+@pytest.mark.slow
+def test_every_value_of_the_pruned_file_has_a_name_of_its_own_and_a_fixed_shape(applied: tuple[Path, Pruned]) -> None:
+    """What Netron shows, by the strictest that onnx has to offer."""
+    import onnx
+
+    path = applied[0] / "out" / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True, data_prop=True).graph
+    made = [name for node in graph.node for name in node.output if name]
+    shapes = {value.name: value.type.tensor_type.shape for value in (*graph.value_info, *graph.input, *graph.output)}
+    names = [node.name for node in graph.node]
+    assert all(names) and len(set(names)) == len(names) and len(set(made)) == len(made)
+    assert all(dim.HasField("dim_value") and dim.dim_value > 0 for name in made for dim in shapes[name].dim)
+
+
+@pytest.mark.slow
+def test_the_files_load_without_edgekit_and_say_the_same(applied: tuple[Path, Pruned], tmp_path: Path) -> None:
+    """In a fresh process that cannot import it: plain torch, onnxruntime and OpenVINO."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    program = textwrap.dedent(
+        """
+        import sys
+        for name in ("toolkit", "calibration", "hw_profiles"):
+            sys.modules[name] = None
+        import numpy as np, onnxruntime, openvino, torch
+        from safetensors.torch import load_file
+        module = torch.export.load("model.pt2").module()
+        weights = load_file("weights.safetensors")
+        state = module.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in weights.items()) and weights
+        x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+        with torch.no_grad():
+            expected = module(torch.from_numpy(x)).numpy()
+        session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+        ort = session.run(None, {session.get_inputs()[0].name: x})[0]
+        core = openvino.Core()
+        precise = {"INFERENCE_PRECISION_HINT": "f32"}
+        ir = core.compile_model(core.read_model("model.onnx"), "CPU", precise)(x)[0]
+        print(max(float(np.abs(got - expected).max() / np.abs(expected).max()) for got in (ort, ir)))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=applied[0] / "out", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-4
 
 
 @pytest.mark.slow
