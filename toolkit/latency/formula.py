@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]  # [n, 4]: channels in, channels out, and both as padded
 
+Bound = Literal["fixed", "memory", "arithmetic"]
+
 FOLDS = 5
 WORTH = 0.97  # a less simple choice must lower the cross-validated error below this share of the simpler one's
 WORTH_WAVES = 0.6  # there are many waves to choose from
@@ -50,9 +52,10 @@ class Formula:
             return self._sum(cells) @ self.coefficients
         return np.maximum(self._blocks(cells) @ self.coefficients, _elements(cells) @ self.slower)
 
-    def bound(self, cells: Cells) -> Literal["fixed", "memory", "arithmetic"]:
+    def bound(self, cells: Cells) -> Bound:
         """What most of the time of the first cell goes to: what no channel changes, memory by the element, or blocks."""
         elements, blocks = _elements(cells)[0, 1:], self._blocks(cells)[0, 1:]
+        parts: dict[Bound, float]
         if self.slower is None:
             memory, work = float(elements @ self.coefficients[1:4]), float(blocks @ self.coefficients[4:])
             parts = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
@@ -60,7 +63,7 @@ class Formula:
             parts = {"memory": float(elements @ self.slower[1:]), "fixed": float(self.slower[0])}
         else:
             parts = {"arithmetic": float(blocks @ self.coefficients[1:]), "fixed": float(self.coefficients[0])}
-        return max(parts, key=parts.__getitem__)  # type: ignore[return-value]
+        return max(parts, key=parts.__getitem__)
 
     def _sum(self, cells: Cells) -> Floats:
         return np.concatenate([_elements(cells), self._blocks(cells)[:, 1:]], axis=1)
