@@ -18,11 +18,11 @@ def open(profile: Profile) -> Device:
         UsageError: it is neither this machine nor a simulated one.
     """
     profiles.check_measurable(profile)
+    profiles.check_measured(profile)
     if profile.simulation is not None:
         return simulated.Simulated(profile.device, profile.simulation)
     if profile.device == "local":
         return local.Local()
-    profiles.check_reachable(profile)
     raise UsageError(
         f"Profile {profile.id} is of the device {profile.device!r}, which this version cannot reach.",
         "Choose a profile whose device is `local` (see `edgekit profiles`), or run edgekit on that device.",
