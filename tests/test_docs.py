@@ -1,8 +1,9 @@
 """The README and every page of the documentation: their commands run as they stand there, their links lead somewhere.
 
 A page has blocks, indented by four spaces or fenced. In a block a line that begins with `edgekit`, `tools/`, `./tools/` or
-`python` is a command; its comment may say `# needs a board` (it is not run) or `# exits with 1`. A paragraph that ends in the
-name of a file and a colon has that file in the block behind it. All pages share one folder; the same command is run once.
+`python` is a command; one with an `ssh://` address needs a board and is not run; a comment may say `# exits with 1`. A paragraph
+that ends in the name of a file and a colon has that file in the block behind it. All pages share one folder; the same command
+is run once.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def commands(text: str) -> list[Command]:
         if re.match(r"(?:edgekit|python|\./tools/\w+|tools/\w+)(?: |$)", line):
             command, _, comment = line.partition("  #")
             code = re.search(r"exits with (\d)", comment)
-            found.append(Command(command.strip(), int(code[1]) if code else 0, BOARD in comment))
+            found.append(Command(command.strip(), int(code[1]) if code else 0, BOARD in comment or "ssh://" in command))
     return found
 
 
@@ -129,11 +130,11 @@ cat out/report.json
 
 
 def test_only_what_needs_a_board_is_left_out() -> None:
-    """A command is marked if, and only if, it reaches for a board; and there are few of them."""
+    """What is not run says where it goes, by an address; and all pages together have few of that."""
     found = [(page, command) for page in PAGES if page not in RECORDS for command in commands(read(page))]
-    marked = [command.text for _, command in found if command.board]
-    assert [(page, command.text) for page, command in found if command.board != ("ssh://" in command.text)] == []
-    assert 0 < len(marked) < len(found) / 3
+    left_out = [(page, command.text) for page, command in found if command.board]
+    assert [text for text in left_out if "ssh://" not in text[1]] == []
+    assert 0 < len(left_out) < len(found) / 3
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -181,37 +182,45 @@ def test_the_lines_of_python_run() -> None:
 # --- what its commands do --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone as a reader has it, without what was written into it; its scripts are those of the real one, and so is .venv."""
-    folder = tmp_path_factory.mktemp("clone")
+MEASURES = re.compile(r"quickstart|demo-out")  # this machine; all other commands use times that are computed, or none
+
+
+def do(folder: Path, cache: Path, measuring: bool) -> None:
+    """Run the commands of all pages in a folder like a clone: those that measure this machine, or the others."""
     for entry in ("calibration", "docs", "hw_profiles", "toolkit", "tools"):
-        (folder / entry).symlink_to(ROOT / entry)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def done() -> set[str]:
-    """Commands that have been run in the tree."""
-    return set()
+        (folder / entry).symlink_to(ROOT / entry)  # scripts find the real .venv through it
+    done = {"./tools/test"}  # which is what runs this
+    for page in (page for page in PAGES if page not in RECORDS):
+        for name, text in (files(README) | files(read(page))).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for command in commands(read(page)):
+            if command.board or command.text in done or bool(MEASURES.search(command.text)) != measuring:
+                continue
+            done.add(command.text)
+            ran = run(command.text, folder, cache)
+            assert ran.returncode == command.code, f"{page}: {command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
+            last = (ran.stdout.strip().splitlines() or [""])[-1]
+            if command.code == 0 and re.match(r"./tools/quickstart|edgekit run (?!--help)", command.text):
+                assert last.startswith("MET  "), f"{page}: {command}\n{last}"
+            if command.text.startswith("tools/verify"):
+                assert last == "VERIFIED", f"{page}\n{ran.stdout}"
 
 
 @pytest.mark.slow
 @pytest.mark.timed
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
-def test_the_commands_do_what_the_page_says(page: str, tree: Path, done: set[str], shared_cache: Path) -> None:
-    for name, text in (files(README) | files(read(page))).items():
-        (tree / name).write_text(text, encoding="utf-8")
-    for command in commands(read(page)):
-        if command.board or command.text in done or command.text == "./tools/test":  # which is what runs this
-            continue
-        done.add(command.text)
-        ran = run(command.text, tree, shared_cache)
-        assert ran.returncode == command.code, f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
-        if command.code:
-            continue
-        last = (ran.stdout.strip().splitlines() or [""])[-1]
-        if command.text.startswith(("./tools/quickstart", "edgekit run", "edgekit demo")) and "--json" not in command.text:
-            assert last.startswith("MET  "), last
-        if command.text.startswith("tools/verify"):
-            assert last == "VERIFIED"
+def test_what_the_pages_measure_here(tmp_path: Path, shared_cache: Path) -> None:
+    do(tmp_path, shared_cache, measuring=True)
+
+
+@pytest.mark.slow
+def test_every_other_command_does_what_its_page_says(tmp_path: Path) -> None:
+    do(tmp_path, tmp_path / "cache", measuring=False)
+
+
+def test_what_does_not_measure_here_computes_its_times() -> None:
+    """A command that would measure this machine beside other tests is among those that run alone."""
+    for page in (page for page in PAGES if page not in RECORDS):
+        for command in commands(read(page)):
+            if re.match(r"edgekit (run|demo|measure|bench|sweep) (?!--help)", command.text) and not command.board:
+                computed = "-p simulated-" in command.text or command.code == 2
+                assert computed or MEASURES.search(command.text), (page, command)

@@ -190,16 +190,17 @@ def written(folder: Path, **fields: object) -> Path:
 
 
 def test_there_is_a_template_for_every_board_that_is_promised() -> None:
-    boards = {profile.device for profile in templates()}
     orin = {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin"}
-    assert boards == {*orin, "raspberry-pi-5", "intel-n100", "intel-core-ultra", "rk3588"}
+    intel = {"intel-n100", "intel-n100-gpu", "intel-core-ultra", "intel-core-ultra-gpu", "intel-core-ultra-npu"}
+    arm = {"raspberry-pi-5-onnxruntime", "raspberry-pi-5-openvino", "rk3588-onnxruntime"}
+    assert {profile.id for profile in templates()} == orin | {f"{board}-jetpack7" for board in orin} | intel | arm
     for board in orin:
         six, seven = profiles.load(board), profiles.load(f"{board}-jetpack7")
         assert (six.facts["jetpack"].value, seven.facts["jetpack"].value) == ("6.2", "7.2")
         assert six.format == seven.format == "tensorrt" and six.compute_capability == "8.7"
         assert seven.facts["gpu_compute_capability"] == six.facts["gpu_compute_capability"]
-    devices = {p.openvino_device for p in templates() if p.device == "intel-core-ultra"}
-    assert devices == {"CPU", "GPU", "NPU"}
+    assert {profiles.load(name).openvino_device for name in intel} == {"CPU", "GPU", "NPU"}
+    assert {profiles.load(name).device for name in intel | arm} == {"local"}  # to go where --on says
 
 
 def test_every_fact_of_a_template_has_a_source_that_can_be_looked_up() -> None:
@@ -223,9 +224,17 @@ def test_a_template_meets_no_budget(profile: Profile, tmp_path: Path) -> None:
             refused()
         if profile.openvino_device == "CPU":
             assert "is a template" in caught.value.message and "nothing was measured" in caught.value.message
-            assert f"edgekit measure MODEL -p {profile.id} --on ssh://user@board -o my-board" in caught.value.hint
+            verb = "export" if profile.format == "tensorrt" else "measure"
+            assert f"edgekit {verb} MODEL -p {profile.id} --on ssh://user@board" in caught.value.hint
         else:
             assert f"OpenVINO's {profile.openvino_device}" in caught.value.message
+
+
+def test_a_template_that_was_put_on_a_device_is_a_device() -> None:
+    profile = profiles.load("raspberry-pi-5-onnxruntime")
+    profiles.check_measured(msgspec.structs.replace(profile, device="ssh://user@board"))
+    with pytest.raises(UsageError, match="is a template"):
+        profiles.check_measured(profile)
 
 
 def test_what_a_file_says_wins_over_what_it_extends(tmp_path: Path) -> None:

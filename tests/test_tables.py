@@ -28,6 +28,7 @@ from toolkit.latency import LatencyModel, ModelTable
 from toolkit.latency.alignment import Alignment, Observations, probe_alignment
 from toolkit.latency.fit import fit_model, judge, observe
 from toolkit.latency.formula import Formula, fit_formula
+from toolkit.latency.predict import KernelFit
 from toolkit.latency.residual import fit_residual
 from toolkit.latency.sampling import DENSE_VISITS, sample_widths
 from toolkit.latency.segments import cut_out, find_segments
@@ -652,3 +653,21 @@ def test_a_formula_says_what_its_time_goes_to(
 ) -> None:
     made = Formula(np.array(coefficients), None if slower is None else np.array(slower))
     assert made.bound(np.array([(24, 40, 32, 48)])) == bound
+
+
+def test_why_a_cut_bought_nothing_is_told() -> None:
+    site = LAW_SITES[0]
+    steps = Alignment(step_in=1, step_out=16, block=8)
+    empty = fit_residual(np.empty((0, 2), np.int64), np.empty(0))
+
+    def why(before: tuple[int, int], after: tuple[int, int], **coefficients: float) -> str:
+        names = ("fixed", "in", "out", "memory", "padded_in", "padded_out", "work")
+        formula = Formula(np.array([coefficients.get(name, 0.0) for name in names]), step_out=16)
+        fits = {(site.key, steps.regime(*shape)): KernelFit(steps, formula, empty) for shape in (before, after)}
+        return LatencyModel((site,), {site.kind: steps}, fits, 1.0).why_flat(site, before, after)
+
+    assert why((32, 32), (32, 20), work=1.0) == "the runtime pads its channels to the same 32 in and 32 out"
+    assert why((32, 32), (4, 32), work=1.0) == "at this width the runtime runs another, slower kernel"
+    assert why((32, 32), (32, 16), fixed=1e6, work=1.0).startswith("most of its time is fixed")
+    assert why((32, 32), (32, 16), memory=10.0, work=1.0).startswith("it waits for memory")
+    assert why((32, 32), (31, 32), work=1.0) == "its blocks are hardly fewer than before"

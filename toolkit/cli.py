@@ -838,7 +838,7 @@ def examine() -> dict[str, dict[str, str]]:
 
     def usable(profile: Profile) -> str:
         if profile.status == "template":
-            return f"template: nothing measured; edgekit measure MODEL -p {profile.id} --on ssh://user@board -o my-board"
+            return f"template: nothing measured; {known.next_step(profile)}"
         if not profile.simulation and not util.find_spec(profile.runtime):
             return f'runtime missing; python -m pip install "edgekit[{profile.runtime.replace("_", "-")}]"'
         if profile.format == "tensorrt":

@@ -58,17 +58,30 @@ def load(id_or_path: str) -> Profile:
     return profile
 
 
-def check_reachable(profile: Profile) -> None:
+def next_step(template: Profile) -> str:
+    """The command that makes more of a template than facts."""
+    if template.format == "tensorrt":
+        return f"edgekit export MODEL -p {template.id} --on ssh://user@board"
+    return f"edgekit measure MODEL -p {template.id} --on ssh://user@board -o my-board"
+
+
+def check_measured(profile: Profile) -> None:
     """Refuse what describes a device without being one: nothing was measured there, and nothing here stands in for it.
 
     Raises:
-        UsageError: a template.
+        UsageError: a template that was not put on a device.
     """
-    if profile.status == "template":
-        raise UsageError(
-            f"Profile {profile.id} is a template: it has facts about {profile.device}, and nothing was measured on one.",
-            f"Measure yours: edgekit measure MODEL -p {profile.id} --on ssh://user@board -o my-board; then give -p my-board.",
-        )
+    if profile.status != "template" or profile.device.startswith("ssh://"):
+        return
+    what = (
+        "it writes the file and the command that builds the engine there"
+        if profile.format == "tensorrt"
+        else "then give -p my-board"
+    )
+    raise UsageError(
+        f"Profile {profile.id} is a template: it has facts about a board, and nothing was measured on one.",
+        f"Run: {next_step(profile)}; {what}.",
+    )
 
 
 def check_measurable(profile: Profile) -> None:

@@ -18,6 +18,7 @@ def open(profile: Profile) -> Device:
         UsageError: it is neither this machine, nor a simulated one, nor one at the end of ssh.
     """
     profiles.check_measurable(profile)
+    profiles.check_measured(profile)
     if profile.simulation is not None:
         return simulated.Simulated(profile.device, profile.simulation)
     if profile.device == "local":
@@ -26,7 +27,6 @@ def open(profile: Profile) -> Device:
         from toolkit.devices import ssh
 
         return ssh.connected(profile.device)
-    profiles.check_reachable(profile)
     raise UsageError(
         f"Profile {profile.id} is of the device {profile.device!r}, which this version cannot reach.",
         "Choose a profile whose device is `local` (see `edgekit profiles`), or run edgekit on that device.",

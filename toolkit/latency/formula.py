@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]  # [n, 4]: channels in, channels out, and both as padded
 Bound = Literal["fixed", "memory", "arithmetic"]  # what most of the time goes to
 
+Bound = Literal["fixed", "memory", "arithmetic"]
+
 FOLDS = 5
 WORTH = 0.97  # a less simple choice must lower the cross-validated error below this share of the simpler one's
 WORTH_WAVES = 0.6  # there are many waves to choose from
@@ -54,6 +56,7 @@ class Formula:
     def bound(self, cells: Cells) -> Bound:
         """What most of the time of the first cell goes to: what no channel changes, memory by the element, or blocks."""
         elements, blocks = _elements(cells)[0, 1:], self._blocks(cells)[0, 1:]
+        parts: dict[Bound, float]
         if self.slower is None:
             memory, work = float(elements @ self.coefficients[1:4]), float(blocks @ self.coefficients[4:])
             parts: dict[Bound, float] = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
