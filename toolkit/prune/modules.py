@@ -94,7 +94,8 @@ def owners_of(program: Program, name: str) -> set[str]:
 
 def powers(program: Program, names: Sequence[str], images: torch.Tensor) -> dict[str, Array]:
     """E[a_i^2] of every input channel of these operators, over images and positions."""
-    engine, found, count = Engine.of(program), {}, 0
+    engine, count = Engine.of(program), 0
+    found: dict[str, Array] = {}
 
     def hook(node: torch.fx.Node, args: tuple[object, ...]) -> tuple[object, ...]:
         if node.name in wanted:
@@ -467,7 +468,7 @@ def output_orders(modular: Modular) -> dict[str, list[int]]:
 # --- what modules do ---------------------------------------------------------------------------------------------------------
 
 
-def input_modules(form: Form) -> dict[str, tuple[list[str], Array]]:
+def input_modules(form: Form) -> dict[str, tuple[list[str], list[int]]]:
     """By operator, groups and modules of its input channels in their order in the modular program; "" and -1 for none."""
     program, labels = form.cut, labelled(form.cut, form.modules)
     found = {}
@@ -481,7 +482,7 @@ def input_modules(form: Form) -> dict[str, tuple[list[str], Array]]:
             continue
         owners = [owner[0] if owner else "" for owner in program.channels(weight, 1)]
         places = np.arange(len(entries)) if order is None else order
-        found[node.name] = ([owners[i] for i in places], labels[entries][places])
+        found[node.name] = ([owners[i] for i in places], labels[entries][places].tolist())
     return found
 
 
