@@ -4,11 +4,11 @@
   tools/bench_modules.py net.py:resnet20 --weights w.safetensors --data train.npz --eval-data test.npz --input 1x3x32x32 \
       --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --density 0.1 -p local-onnxruntime -p local-openvino -o modules.json
 
-Every operator that can be is made of so many modules that the density of these operators is nearest to the one asked for (1/2, 1/4,
-1/8, 1/16 can be deployed; the record says which it became). Compared at that density, with PyTorch on the evaluation images: joint
-clusters, random clusters (a row a seed, the same repair), and connections kept by magnitude wherever they are, as they are and
-solved again by least squares operator by operator. The grouped form is held against the masked one in float64, and timed beside the
-dense network, interleaved, in every runtime given.
+Every operator that can be is made of so many modules that the density of these operators is nearest to the one asked for (1/2,
+1/4, 1/8, 1/16 can be deployed; the record says which it became). Compared at that density, with PyTorch on the evaluation images:
+joint clusters, random clusters (a row a seed, the same repair), and connections kept by magnitude wherever they are, as they are
+and solved again by least squares operator by operator. The grouped form is held against the masked one in float64, and timed
+beside the dense network, interleaved, in every runtime given.
 """
 
 from __future__ import annotations
