@@ -413,6 +413,19 @@ class GroupPlan(Record, frozen=True, kw_only=True):
     removed: CategoryCounts = CategoryCounts()
 
 
+class ModulePlan(Record, frozen=True, kw_only=True):
+    """Modules of the delivered network: these operators (by weight) have no connections from one module to another.
+
+    `units` has the module of every channel that stays, by group, in the order of `GroupPlan.kept`. In the delivered network the
+    channels of a module stand together. `orders` are buffers with the order that a tensor is brought into on the way.
+    """
+
+    count: int
+    operators: tuple[str, ...]
+    units: dict[str, tuple[int, ...]]
+    orders: tuple[str, ...] = ()
+
+
 class Plan(Record, frozen=True, kw_only=True):
     """Everything surgery needs, and why it was chosen."""
 
@@ -429,6 +442,50 @@ class Plan(Record, frozen=True, kw_only=True):
     optimality_gap: float
     rounds: int
     groups: tuple[GroupPlan, ...]
+    modules: ModulePlan | None = None
+
+
+class ModuleLink(Record, frozen=True, kw_only=True):
+    """What flows from one module to another: `share` of an operator's couplings, |w|^2 x E[a^2].
+
+    -1 is no module: the image, the classes, channels that were not clustered.
+    """
+
+    operator: str
+    source: int
+    target: int
+    share: float
+
+
+class ModuleEffect(Record, frozen=True, kw_only=True):
+    """Mean change of each class's log-odds, over images of that class, when a module is removed: from a group, or whole ("")."""
+
+    module: int
+    group: str
+    classes: tuple[float | None, ...]  # None: no image of that class
+
+
+class ModuleOption(Record, frozen=True, kw_only=True):
+    """What was chosen among numbers of modules and operators: predictions, and what the unpruned network then measured."""
+
+    count: int
+    operators: int
+    predicted_share: float  # of the dense latency, all widths as they were
+    measured_share: float
+    modules_loss: float  # summed distortion of its operators, each alone
+    widths_loss: float
+
+
+class ModuleGraph(Record, frozen=True, kw_only=True):
+    """`modules.json`: the modules of the delivered network from the image to the classes."""
+
+    schema: int = SCHEMA
+    count: int
+    units: dict[str, tuple[int, ...]]
+    links: tuple[ModuleLink, ...]
+    effects: tuple[ModuleEffect, ...]
+    images: int  # that effects were measured on; their classes are those that the network predicts
+    option: ModuleOption
 
 
 # --- artefact -> measurement ------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ drop its connections between modules; ordered by module, its weight is then bloc
 
 `regroup` brings every tensor into that order. The order of a dimension follows from its labels alone, so tensors of the same
 channels have the same order; parameters are permuted where they stand, and what flows between them follows. The true order of
-every tensor is carried along operator by operator: where an operator's inputs do not have an order that it passes on, they are
-put back into their first order before it, and where its output is not in the order that its labels ask for (a padded shortcut),
-it is reordered behind it. So a graph that is not understood costs time, and is never wrong. `prove_modules` shows it for each program.
+every tensor is carried along operator by operator. Where an operator does not pass the orders of its inputs on, they are put
+back into their first order before it; where its output is not in the order that its labels ask for (a padded shortcut), it is
+reordered behind it. So a graph that is not understood costs time, and is never wrong. `prove_modules` shows it for each program.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Modular:
         count: number of modules.
         operators: nodes that were rewritten; `refused` those that could have been asked for, with the reason.
         orders: by node of the program before, the order of every dimension of its output in `program`.
-        reorders: selections that were put in where no parameter could take an order up.
+        selections: buffers with the orders that tensors are brought into where no parameter could take an order up.
     """
 
     program: Program
@@ -66,7 +66,7 @@ class Modular:
     operators: tuple[str, ...]
     orders: dict[str, Orders] = field(repr=False)
     refused: dict[str, str] = field(default_factory=dict)
-    reorders: int = 0
+    selections: tuple[str, ...] = ()
 
 
 def labelled(program: Program, modules: Assignment) -> Entries:
@@ -205,7 +205,7 @@ class Walk:
         self.program, self.labels, self.module = program, labels, module
         self.orders: dict[Node, Orders] = {}
         self.shapes = {n: program.shapes[n.name] for n in module.graph.nodes if n.name in program.shapes}
-        self.reorders = 0
+        self.selections: list[str] = []
 
     def of(self, value: Any) -> Orders:
         """The orders of a tensor."""
@@ -285,13 +285,13 @@ class Walk:
     def select(self, source: Node, axis: int, order: Entries) -> Node:
         """A selection of the source's entries in this order, at the place where nodes are being inserted."""
         known = dict(self.module.named_buffers())
-        name = next(f"order{i}" for i in range(len(known) + 1) if f"order{i}" not in known)
+        name = next(f"module_order{i}" for i in range(len(known) + 1) if f"module_order{i}" not in known)
         self.module.register_buffer(name, torch.from_numpy(np.ascontiguousarray(order)))
         index = self.module.graph.get_attr(name)
         with self.module.graph.inserting_after(index):
             chosen = self.module.graph.call_function(aten.index_select.default, (source, axis, index))
         self.shapes[chosen] = self.shapes[source]
-        self.reorders += 1
+        self.selections.append(name)
         return chosen
 
 
@@ -490,7 +490,7 @@ def regroup(program: Program, modules: Assignment, count: int, names: Sequence[s
         operators=tuple(chosen),
         orders=orders,
         refused=refused,
-        reorders=walk.reorders,
+        selections=tuple(walk.selections),
     )
 
 
@@ -504,7 +504,7 @@ def rewritten(program: Program, modules: Assignment, count: int, names: Sequence
     return walk
 
 
-def masked_values(program: Program, modular: Modular, modules: Assignment) -> Program:
+def masked_values(program: Program, modular: Modular) -> Program:
     """The masked form of a modular program whose weights have changed since: the program before, with these weights."""
     import dataclasses
 

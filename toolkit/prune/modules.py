@@ -6,9 +6,9 @@ Channels of groups are the nodes of a graph; unit u of one group and unit v of a
 
 with a_u the channel's calibration activations, or by the weights alone. Every unit gets one of k modules, every group equal
 shares (equal grouped convolutions need them), so that the coupling inside modules is as large as can be found. That is NP-hard; a
-spectral embedding of the normalised graph gives a start. Groups are then taken in turn: with all others fixed the best equal split
-of one group's units is an assignment problem, solved exactly; pairs of units are swapped where that gains. No step lowers the
-coupling inside, so it ends. The best of several starts is kept.
+spectral embedding of the normalised graph gives a start. Groups are then taken in turn: with all others fixed the best equal
+split of one group's units is an assignment problem, solved exactly; pairs of units are swapped where that gains. No step lowers
+the coupling inside, so it ends. The best of several starts is kept.
 """
 
 from __future__ import annotations
@@ -24,17 +24,27 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_array
 
 from toolkit.graph import Program
-from toolkit.graph.modular import Modular, connections, labelled, modular_operators, prove_modules, refusal, regroup
+from toolkit.graph.modular import (
+    Modular,
+    connections,
+    labelled,
+    masked_values,
+    modular_operators,
+    prove_modules,
+    refusal,
+    regroup,
+)
 from toolkit.graph.program import operand
 from toolkit.graph.rules.mixing import CONVOLUTIONS
 from toolkit.prune.consumers import consumer, matrix
-from toolkit.prune.engine import Cached, Engine, cache, chunked, distortion
+from toolkit.prune.effects import log_odds
+from toolkit.prune.engine import Cached, Engine, cache, chunked, distortion, joined
 from toolkit.prune.order import ridge_for
 from toolkit.prune.positions import Importance, position_importance
 from toolkit.prune.pruner import CACHE_BYTES, Cut, Form, State, fit_images, repair_images
 from toolkit.prune.repair import repair
 from toolkit.prune.responses import LARGEST_GRAM, gram, overrides
-from toolkit.schema import ChannelGroup
+from toolkit.schema import ChannelGroup, ModuleEffect, ModuleGraph, ModuleLink, ModuleOption, ModulePlan
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Modules: TypeAlias = dict[str, tuple[int, ...]]
@@ -84,7 +94,8 @@ def owners_of(program: Program, name: str) -> set[str]:
 
 def powers(program: Program, names: Sequence[str], images: torch.Tensor) -> dict[str, Array]:
     """E[a_i^2] of every input channel of these operators, over images and positions."""
-    engine, found, count = Engine.of(program), {}, 0
+    engine, count = Engine.of(program), 0
+    found: dict[str, Array] = {}
 
     def hook(node: torch.fx.Node, args: tuple[object, ...]) -> tuple[object, ...]:
         if node.name in wanted:
@@ -118,7 +129,8 @@ def couplings(
     operators = [name for name in operators if all(None not in units(program, name, axis, start) for axis in (0, 1))]
     power = powers(program, operators, images) if images is not None and operators else {}
     engine = Engine.of(program)
-    total, found = sum(widths), {}
+    total = sum(widths)
+    found: dict[str, Array] = {}
     rows, columns, values = [], [], []
     for name in operators:
         weight = engine.params[str(operand(program.nodes[name], 1).target)].double()
@@ -369,7 +381,7 @@ def sparse_between(saliency: Array, same: npt.NDArray[np.bool_], density: float)
 
     At the share of connections within modules, or under it, only those are left: the form that can be deployed.
     """
-    stay = same.copy()
+    stay: npt.NDArray[np.bool_] = same.copy()
     room = round(density * same.size) - int(same.sum())
     if room > 0:
         between = np.where(same, -np.inf, saliency).reshape(-1)
@@ -439,7 +451,7 @@ def modular_cut(
         sample = torch.from_numpy(images[: repair_images(dense, len(images))])
         repaired = repair(Engine.of(dense), modular.program, alive, sample, progress, output_orders(modular))
         modular = replace(modular, program=repaired.program)
-    return Cut(State(modular.program, alive), proof, repaired, Form(modules, modular))
+    return Cut(State(modular.program, alive), proof, repaired, Form(program, modules, modular))
 
 
 def output_orders(modular: Modular) -> dict[str, list[int]]:
@@ -451,3 +463,105 @@ def output_orders(modular: Modular) -> dict[str, list[int]]:
         if orders and (order := orders[1 if len(orders) == 4 else -1]) is not None:
             found[name] = [int(n) for n in order]
     return found
+
+
+# --- what modules do ---------------------------------------------------------------------------------------------------------
+
+
+def input_modules(form: Form) -> dict[str, tuple[list[str], list[int]]]:
+    """By operator, groups and modules of its input channels in their order in the modular program; "" and -1 for none."""
+    program, labels = form.cut, labelled(form.cut, form.modules)
+    found = {}
+    for node in program.module.graph.nodes:
+        if consumer(program, node) is None:
+            continue
+        weight = operand(node, 1).name
+        entries, order = program.dims[weight][1], form.modular.orders[weight][1]
+        grouped = consumer(program, node).groups > 1  # type: ignore[union-attr]
+        if entries is None or grouped:
+            continue
+        owners = [owner[0] if owner else "" for owner in program.channels(weight, 1)]
+        places = np.arange(len(entries)) if order is None else order
+        found[node.name] = ([owners[i] for i in places], labels[entries][places].tolist())
+    return found
+
+
+def module_links(form: Form, images: torch.Tensor) -> list[ModuleLink]:
+    """What flows between modules through each operator, as shares of its couplings."""
+    program = masked_values(form.cut, form.modular)
+    labels = labelled(form.cut, form.modules)
+    names = [n.name for n in program.module.graph.nodes if (c := consumer(program, n)) and c.groups == 1]
+    power, engine, links = powers(program, names, images), Engine.of(program), []
+    for name in names:
+        weight = operand(program.nodes[name], 1)
+        strength = magnitudes(engine.params[str(weight.target)]) * power[name]
+        ends = []
+        for axis in (0, 1):
+            entries = program.dims[weight.name][axis]
+            ends.append(np.full(strength.shape[axis], -1) if entries is None else labels[entries])
+        whole = max(float(strength.sum()), 1e-300)
+        for target in np.unique(ends[0]):
+            for source in np.unique(ends[1]):
+                share = float(strength[np.ix_(ends[0] == target, ends[1] == source)].sum()) / whole
+                if share > 0:
+                    place = str(weight.target).removesuffix(".weight")
+                    links.append(ModuleLink(operator=place, source=int(source), target=int(target), share=share))
+    return links
+
+
+def module_effects(form: Form, images: torch.Tensor) -> list[ModuleEffect]:
+    """What each class's log-odds lose when a module is removed from all operators, and from those that read one group."""
+    program, inputs = form.modular.program, input_modules(form)
+    engine = Engine.of(program)
+    with torch.no_grad():
+        intact = torch.cat([joined(engine.run(chunk)[0]) for chunk in chunked(program, images)])
+    if intact.shape[1] < 2:
+        return []
+    label = intact.argmax(1)
+    before = log_odds(intact, label)
+    found = []
+    for group in ("", *form.modules):
+        for module in range(form.modular.count):
+            scales = {
+                name: torch.tensor([not (m == module and group in ("", g)) for g, m in zip(groups, modules, strict=True)])
+                for name, (groups, modules) in inputs.items()
+            }
+            change = log_odds(without(engine, images, scales), label) - before
+            means = [float(change[label == k].mean()) if bool((label == k).any()) else None for k in range(intact.shape[1])]
+            found.append(ModuleEffect(module=module, group=group, classes=tuple(means)))
+    return found
+
+
+def without(engine: Engine, images: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs with the inputs of operators multiplied, channel by channel."""
+
+    def hook(node: torch.fx.Node, args: tuple[object, ...]) -> tuple[object, ...]:
+        scale = scales.get(node.name)
+        x = args[0] if args else None
+        if scale is None or bool(scale.all()) or not isinstance(x, torch.Tensor):
+            return args
+        shaped = scale if node.target not in CONVOLUTIONS else scale.reshape(-1, *[1] * (x.ndim - 2))
+        return (x * shaped.to(x.dtype), *args[1:])
+
+    with torch.no_grad():
+        return torch.cat([joined(engine.run(chunk, hook=hook)[0]) for chunk in chunked(engine.program, images)])
+
+
+def module_plan(form: Form) -> ModulePlan:
+    """The form as the plan has it."""
+    weights = [str(operand(form.cut.nodes[name], 1).target) for name in form.modular.operators]
+    units = {name: tuple(int(m) for m in members) for name, members in form.modules.items()}
+    return ModulePlan(count=form.modular.count, operators=tuple(weights), units=units, orders=form.modular.selections)
+
+
+def module_graph(form: Form, images: np.ndarray[Any, Any], option: ModuleOption) -> ModuleGraph:
+    """The modules from the image to the classes."""
+    sample = torch.from_numpy(images[:COUPLING_IMAGES])
+    return ModuleGraph(
+        count=form.modular.count,
+        units=module_plan(form).units,
+        links=tuple(module_links(form, sample)),
+        effects=tuple(module_effects(form, sample)),
+        images=len(sample),
+        option=option,
+    )

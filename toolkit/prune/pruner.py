@@ -58,8 +58,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Form:
-    """A network's modules: of every channel of some groups, as they are after a cut, and the program that has them."""
+    """A network's modules: of every channel of some groups of a cut program, and the program that has them."""
 
+    cut: Program
     modules: Mapping[str, tuple[int, ...]]
     modular: Modular
 
@@ -122,7 +123,8 @@ def score(
 
     Args:
         candidates: widths to ask about by group; groups that are missing are left alone.
-        method: `causal`, which `crespr` prunes widths by too; `cswap`, which has no responses; or a baseline order: `taylor`, `l1`, `l2`, `random`.
+        method: `causal`, by which `crespr` prunes widths too; `cswap`, which has no responses; or a baseline order: `taylor`,
+            `l1`, `l2`, `random`.
     """
     program = state.program
     names = [g.name for g in program.prunable if g.name in candidates]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.report import units
-from toolkit.schema import NO_BUDGET, Comparison, GroupReport, KernelTime, Measurement, Report
+from toolkit.schema import NO_BUDGET, Comparison, GroupReport, KernelTime, Measurement, ModuleGraph, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ WIDTH = 440.0  # of every figure, in SVG units; text is 11 of them high
 ROW = 15.0  # height of one group or kernel
 GROUPS_SHOWN = 64
 KERNELS_SHOWN = 16
+CLASSES_SHOWN = 20
 CATEGORIES = ("critical", "undecided", "neutral", "detrimental")
 
 # Colours that occur nowhere else stand for CSS variables until the SVG is written.
@@ -397,3 +398,50 @@ def pareto(points: Sequence[Network], quality: str, marked: str = "") -> str:
         axes.set_ylabel(f"{quality}, %")
 
     return _draw("pareto", 280, paint)
+
+
+# --- modules -------------------------------------------------------------------------------------------------------------
+
+
+def modules(graph: ModuleGraph) -> str:
+    """The modules from the image to the classes, operator by operator, and what every class loses without each of them."""
+    operators = list(dict.fromkeys(link.operator for link in graph.links))
+    whole = [effect for effect in graph.effects if not effect.group]
+    classes = len(whole[0].classes) if whole else 0
+    shown = min(classes, CLASSES_SHOWN)
+    height = ROW * (len(operators) + 1)
+
+    def paint(figure: Figure) -> None:
+        rows = ROW * max(shown, 1)
+        upper, lower = figure.subplots(2, 1, height_ratios=(height, rows))
+        for row, operator in enumerate(operators):
+            for link in (link for link in graph.links if link.operator == operator):
+                ends = [_lane(link.source, graph.count), _lane(link.target, graph.count)]
+                width = 0.4 + 4 * link.share
+                upper.plot(ends, [row - 0.5, row + 0.5], color=_COLOUR["pruned"], linewidth=width, solid_capstyle="round")
+        _rows(upper, operators)
+        upper.set_ylim(len(operators) - 0.4, -0.6)
+        upper.set_xticks(range(graph.count), [f"module {m + 1}" if graph.count <= 6 else str(m + 1) for m in range(graph.count)])
+        upper.set_xlim(-0.6, graph.count - 0.4)
+        upper.xaxis.tick_top()
+        largest = max((abs(c) for effect in whole for c in effect.classes if c is not None), default=0.0) or 1.0
+        for effect in whole:
+            for row, change in enumerate(effect.classes[:shown]):
+                if change is not None:
+                    colour = _COLOUR["critical" if change < 0 else "detrimental"]
+                    size = 1 + 8 * math.sqrt(abs(change) / largest)
+                    lower.plot(effect.module, row, "o", color=colour, markersize=size)
+                    lower.annotate(f"{change:+.1f}", (effect.module, row), (8, 0), textcoords="offset points", va="center")
+        _rows(lower, [f"class {row}" for row in range(shown)])
+        lower.set_xlim(-0.6, graph.count - 0.4)
+        lower.set_xticks([])
+        lower.set_xlabel(
+            "change of the class's log-odds without the module" + (f" ({shown} of {classes} classes)" * (shown < classes))
+        )
+
+    return _draw("modules", height + ROW * max(shown, 1) + 80, paint)
+
+
+def _lane(module: int, count: int) -> float:
+    """Where a module stands from left to right; what is no module stands in the middle."""
+    return (count - 1) / 2 if module < 0 else float(module)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.report import figures, units
-from toolkit.schema import Comparison, GroupReport, KernelTime, Report
+from toolkit.schema import Comparison, GroupReport, KernelTime, ModuleGraph, Report
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IDLE = 0.95  # of its dense time: a cut that leaves more has bought nothing
@@ -29,8 +29,11 @@ UNKNOWN = {
 }
 
 
-def html(report: Report, comparison: Comparison) -> str:
-    """The page. Every string of the records is escaped; every number on it is taken from them."""
+def html(report: Report, comparison: Comparison, modules: ModuleGraph | None = None) -> str:
+    """The page; `modules` of a network that has them.
+
+    Every string of the records is escaped; every number on it is taken from them.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -63,11 +66,13 @@ def html(report: Report, comparison: Comparison) -> str:
         spent=_spent(report.kernels),
         unknown=_unknown(comparison),
         commands=_commands(report, comparison),
-        figures={name: Markup(svg) for name, svg in _draw(report, comparison).items()},  # names in them are escaped by matplotlib
+        figures={  # names in them are escaped by matplotlib
+            name: Markup(svg) for name, svg in _draw(report, comparison, modules).items()
+        },
     )
 
 
-def _draw(report: Report, comparison: Comparison) -> Mapping[str, str]:
+def _draw(report: Report, comparison: Comparison, modules: ModuleGraph | None) -> Mapping[str, str]:
     """Those figures that have something to show, by name."""
     found: dict[str, str] = {}
     if comparison.dense.rounds_ns or comparison.pruned.rounds_ns:
@@ -82,6 +87,8 @@ def _draw(report: Report, comparison: Comparison) -> Mapping[str, str]:
         found["effects"] = figures.effects(report.groups)
     if report.kernels:
         found["kernels"] = figures.kernels(report)
+    if modules:
+        found["modules"] = figures.modules(modules)
     return found
 
 

@@ -37,6 +37,7 @@ from toolkit.graph import memory_of, unprunable
 from toolkit.latency import share_table
 from toolkit.prune import effects as causes
 from toolkit.prune.allocate import Allocation
+from toolkit.prune.modules import module_plan
 from toolkit.prune.pruner import Scores
 from toolkit.run import crespr, loop
 from toolkit.run.evaluate import Accuracy, judge, predictions
@@ -235,7 +236,7 @@ def prune(job: loop.Job, first: Scores | None, ladder: Sequence[loop.Rung] = ())
     `ladder`: networks of looser budgets, for a method that can go on from them.
     """
     if job.request.method == "crespr":
-        return crespr.close(job, first)[0]
+        return crespr.close(job, first)
     if job.request.budget.unlimited:
         return loop.without_budget(job)
     if job.request.method == "psap":
@@ -364,7 +365,7 @@ def clear(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file.", "Give -o a folder.")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.json", "report.html", "plan.json", "manifest.json"):
+    for name in ("report.json", "report.html", "plan.json", "manifest.json", "modules.json"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -589,6 +590,7 @@ def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ..
         *(scored if effects else ()),
         *outcome.notes,
         "Times by kernel come from the latency table, not from a profile of the delivered file.",
+        *modular_notes(outcome),
         *(("Their dense is the unpruned network in int8; weights + activations are counted in fp32.",) if lowered else ()),
     )
 
@@ -602,6 +604,18 @@ def where_judged(target: Target) -> tuple[str, ...]:
     if target.here and target.here.version() != target.backend.version():
         said += f" {target.here.version()} (the device has {target.backend.version()})"
     return (f"{said} on {judge}.",)
+
+
+def modular_notes(outcome: loop.Outcome) -> tuple[str, ...]:
+    """What modules were chosen, and what the figures beside them do not see of it."""
+    if outcome.modules is None:
+        return ()
+    found = outcome.modules.option
+    return (
+        f"CRESPR: {found.count} modules in {found.operators} operators; with all channels that took {found.measured_share:.3f}x"
+        f" the dense latency ({found.predicted_share:.3f}x predicted). For the rest channels were pruned.",
+        "Times by kernel are those of the pruned network before it was brought into modules.",
+    )
 
 
 def environment(target: Target) -> dict[str, str]:
@@ -703,6 +717,7 @@ def make_plan(job: loop.Job, outcome: loop.Outcome, report: Report) -> Plan:
             )
             for g in job.program.groups
         ),
+        modules=module_plan(outcome.attempt.cut.form) if outcome.attempt.cut.form else None,
     )
 
 
@@ -737,7 +752,9 @@ def write_run(job: loop.Job, traced: Traced, outcome: loop.Outcome, artefacts: S
             versions=versions(),
         ),
     )
-    write_text(out / "report.html", reports.html(report, comparison))
+    if outcome.modules:
+        save_json(out / "modules.json", outcome.modules)
+    write_text(out / "report.html", reports.html(report, comparison, outcome.modules))
     save_json(out / "report.json", report)
 
 

@@ -16,9 +16,10 @@ from toolkit.bench import kernels
 from toolkit.errors import UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph.modular import modular_operators, regroup
-from toolkit.prune.modules import Modules, dense_modules, intervened, modular_cut, owners_of
+from toolkit.prune.modules import Modules, dense_modules, intervened, modular_cut, module_graph, owners_of
 from toolkit.prune.pruner import Cut, Scores, State, response_images, score
 from toolkit.run import loop
+from toolkit.schema import ModuleOption
 
 COUNTS = (2, 4, 8, 16)
 FASTER = 0.95  # of the dense kernel's time, from which on a grouped kernel counts as faster
@@ -40,8 +41,8 @@ class Option:
         return self.modules_loss + self.widths_loss
 
 
-def close(job: loop.Job, first: Scores | None = None) -> tuple[loop.Outcome, Option]:
-    """The closed loop with every plan delivered in modules, and the option that was chosen.
+def close(job: loop.Job, first: Scores | None = None) -> loop.Outcome:
+    """The closed loop with every plan delivered in modules.
 
     Raises:
         UsageError: another precision than fp32, no budget, or nothing gets faster by modules.
@@ -55,7 +56,20 @@ def close(job: loop.Job, first: Scores | None = None) -> tuple[loop.Outcome, Opt
         repair=job.request.repair, round_=0, seed=job.request.seed, effect_passes=loop.EFFECT_PASSES, progress=job.progress,
     )  # fmt: skip
     chosen = choose(job, scores)
-    return loop.close(delivered_in(job, chosen), scores), chosen
+    job = delivered_in(job, chosen)
+    outcome = loop.close(job, scores)
+    form = outcome.attempt.cut.form
+    if form is None:
+        return outcome  # every branch with modules was dropped
+    option = ModuleOption(
+        count=chosen.count,
+        operators=len(chosen.operators),
+        predicted_share=chosen.share,
+        measured_share=job.base,
+        modules_loss=chosen.modules_loss,
+        widths_loss=chosen.widths_loss,
+    )
+    return replace(outcome, modules=module_graph(form, job.images.calibration, option))
 
 
 def choose(job: loop.Job, scores: Scores) -> Option:

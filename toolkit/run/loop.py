@@ -24,7 +24,7 @@ from toolkit.prune.harmless import fastest, harmless
 from toolkit.prune.pruner import Cut, Scores, State, cut, floor_state, kept_channels, score
 from toolkit.run.prepare import Images, Target
 from toolkit.run.training import Trainer
-from toolkit.schema import Artefact, Comparison, Iteration, Quantization, Record, RunRequest, load_json, save_json
+from toolkit.schema import Artefact, Comparison, Iteration, ModuleGraph, Quantization, Record, RunRequest, load_json, save_json
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
@@ -197,6 +197,7 @@ class Outcome:
     proof: float
     ladder: tuple[Rung, ...] = ()  # the networks on the way, and the one delivered
     notes: tuple[str, ...] = ()  # of the method, for the report
+    modules: ModuleGraph | None = None  # of the delivered network
 
 
 def rounds_for(budget: float, method: str = "causal") -> int:
