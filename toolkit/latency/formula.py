@@ -27,8 +27,6 @@ Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]  # [n, 4]: channels in, channels out, and both as padded
 Bound = Literal["fixed", "memory", "arithmetic"]  # what most of the time goes to
 
-Bound = Literal["fixed", "memory", "arithmetic"]
-
 FOLDS = 5
 WORTH = 0.97  # a less simple choice must lower the cross-validated error below this share of the simpler one's
 WORTH_WAVES = 0.6  # there are many waves to choose from
@@ -59,7 +57,7 @@ class Formula:
         parts: dict[Bound, float]
         if self.slower is None:
             memory, work = float(elements @ self.coefficients[1:4]), float(blocks @ self.coefficients[4:])
-            parts: dict[Bound, float] = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
+            parts = {"fixed": float(self.coefficients[0]), "memory": memory, "arithmetic": work}
         elif float(_elements(cells)[0] @ self.slower) > float(self._blocks(cells)[0] @ self.coefficients):
             parts = {"memory": float(elements @ self.slower[1:]), "fixed": float(self.slower[0])}
         else:
