@@ -211,8 +211,8 @@ def test_a_finished_point_comes_back_from_its_files_as_it_was_delivered(document
     from toolkit.run.prepare import load_and_trace
 
     folder, names = documented
-    own, out = names["own"], folder / "api-out" / "0.6x"
-    program = load_and_trace(own.model, str(folder / own.weights), own.preprocess, own.seed).program
+    own, out = names["own"], folder / "api-out" / "0.7x"
+    program = load_and_trace(f"{folder}/{own.model}", "", own.preprocess, own.seed).program
     state = restored(program, out)
     saved = torch.export.load(str(out / "model.pt2")).module()
     images = torch.randn(3, 1, 32, 32)
@@ -229,7 +229,7 @@ def test_runs_that_differ_in_device_or_images_are_flagged_and_not_ranked(
 ) -> None:
     folder = documented[0] / "api-out"
     for name in ("a", "b", "c"):
-        shutil.copytree(folder / "0.6x", tmp_path / name)
+        shutil.copytree(folder / "0.7x", tmp_path / name)
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
     manifest["fingerprint"]["device"] = "another"
     (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
@@ -242,7 +242,7 @@ def test_runs_that_differ_in_device_or_images_are_flagged_and_not_ranked(
     assert not found.runs[1].best and not found.runs[2].best
     assert reports.comparison_line(found).startswith("NOT COMPARABLE  3 runs; unlike the first: ")
     assert "<svg" in reports.comparison_html(found)
-    swept_too = api.compare([tmp_path / "a", folder / "0.8x", folder / "0.6x"])
+    swept_too = api.compare([tmp_path / "a", folder / "0.9x", folder / "0.7x"])
     assert swept_too.comparable and len(swept_too.runs) == 3
     with pytest.raises(UsageError, match="only one run"):
         api.compare([tmp_path / "a"])

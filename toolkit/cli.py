@@ -718,7 +718,7 @@ def report(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
     """
     from toolkit import api
     from toolkit import report as reports
-    from toolkit.schema import Comparison, Sweep, load_json, write_text
+    from toolkit.schema import Comparison, ModuleGraph, Sweep, load_json, write_text
 
     if len(folders) > 1:
         show_compared(folders, file, as_json)
@@ -731,9 +731,10 @@ def report(folders: tuple[Path, ...], file: Path | None, as_json: bool) -> None:
         finish_sweep(swept, folder, as_json)
     found = api.load_report(folder)
     comparison = load_json(Comparison, folder / "measurements" / "comparison.json")
+    modules = load_json(ModuleGraph, folder / "modules.json") if (folder / "modules.json").exists() else None
     with progress() as shown:
         shown("report", 0, 1)
-        write_text(folder / "report.html", reports.html(found, comparison))
+        write_text(folder / "report.html", reports.html(found, comparison, modules))
     finish(found, as_json)
 
 
