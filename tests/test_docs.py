@@ -154,6 +154,22 @@ def test_the_index_names_every_page() -> None:
     ] == []
 
 
+def test_reasons_and_fields_are_named_as_they_are() -> None:
+    """What own-model.md quotes of the report stands in the code, and files.md knows the fields of the main record."""
+    from toolkit.schema import Plan, Report
+
+    code = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("toolkit/**/*.py"))
+    table = read("docs/own-model.md").split("| the report says |")[1].split("\n\n")[0]
+    reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert len(reasons) >= 8
+    assert [reason for reason in reasons if reason.replace("of N or more", "of {min_width} or more") not in code] == []
+    page = read("docs/files.md")
+    patterns = [re.escape(name).replace(r"\*", r"\w+") for name in re.findall(r"`([\w*]+)`", page)]
+    known = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    for record in (Report, Plan):
+        assert [name for name in record.__struct_fields__ if not known.fullmatch(name)] == []
+
+
 def test_the_files_of_the_file_map_exist() -> None:
     block = README.split("## Files")[1].split("## ")[0]
     inside = ""

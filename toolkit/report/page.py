@@ -19,6 +19,8 @@ UNKNOWN = {
     "p95_ns": "p95",
     "p99_ns": "p99",
     "clock_hz": "Clock",
+    "accelerator_hz": "Accelerator's clock",
+    "power_w": "Power",
     "temperature_c": "Temperature",
     "throttled": "Throttled",
     "cpu_pressure": "Processor pressure",
