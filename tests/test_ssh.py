@@ -46,7 +46,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
 
 
 @pytest.fixture
-def reach(place: Board, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ssh]]:
+def proxied(place: Board) -> Iterator[Callable[..., Proxy]]:
+    """Links to the board that can be made bad."""
+    made: list[Proxy] = []
+
+    def proxy(**how: Any) -> Proxy:
+        made.append(Proxy(place.port, **how))
+        return made[-1]
+
+    yield proxy
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def reach(place: Board, proxied: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ssh]]:
     """Devices at the end of ssh, through a port and with known hosts of one's choice; afterwards nothing is left on the board."""
     made: list[Ssh] = []
     monkeypatch.setattr(ssh, "KEEP_S", 30.0)
@@ -226,8 +240,10 @@ def test_a_session_on_the_board_is_a_record_like_any_other(place: Board, monkeyp
 
 @needs_sshd
 @pytest.mark.slow
-def test_what_variants_share_travels_once(reach: Callable[..., Ssh], maker: VariantMaker, tmp_path: Path, place: Board) -> None:
-    proxy = Proxy(place.port)
+def test_what_variants_share_travels_once(
+    reach: Callable[..., Ssh], maker: VariantMaker, tmp_path: Path, proxied: Callable[..., Proxy]
+) -> None:
+    proxy = proxied()
     device = reach(proxy.port)
     widths = dict(maker.widths)
     first, _ = maker.write(widths, tmp_path, "first.onnx"), device.live()
@@ -239,7 +255,6 @@ def test_what_variants_share_travels_once(reach: Callable[..., Ssh], maker: Vari
     blob = maker.blob_bytes
     once, again, known = np.diff(passed)
     assert blob < once < blob + 100_000 and again < once - blob and known < 4000
-    proxy.close()
 
 
 @needs_sshd
@@ -290,8 +305,8 @@ def test_a_board_without_python_or_runtime_names_what_it_lacks(reach: Callable[.
 
 
 @needs_sshd
-def test_an_upload_that_is_cut_goes_on_where_it_was(reach: Callable[..., Ssh], place: Board) -> None:
-    proxy = Proxy(place.port, bytes_per_s=20e6)
+def test_an_upload_that_is_cut_goes_on_where_it_was(reach: Callable[..., Ssh], proxied: Callable[..., Proxy]) -> None:
+    proxy = proxied(bytes_per_s=20e6)
     device = reach(proxy.port)
     device.live()
     data = np.random.default_rng(0).bytes(8 << 20)
@@ -300,15 +315,14 @@ def test_an_upload_that_is_cut_goes_on_where_it_was(reach: Callable[..., Ssh], p
     sha, _ = device.put(data)
     assert device.ask("has", {"sha": sha}, ssh._Has, 10).whole
     assert proxy.cut_after == 0 and proxy.passed - before < 13 << 20  # not all of it twice
-    proxy.close()
 
 
 @needs_sshd
 @pytest.mark.slow
 def test_a_link_that_is_cut_in_a_sweep_loses_no_network(
-    reach: Callable[..., Ssh], maker: VariantMaker, tmp_path: Path, place: Board
+    reach: Callable[..., Ssh], maker: VariantMaker, tmp_path: Path, proxied: Callable[..., Proxy]
 ) -> None:
-    proxy = Proxy(place.port)
+    proxy = proxied()
     device = reach(proxy.port)
     done: list[int] = []
 
@@ -328,7 +342,6 @@ def test_a_link_that_is_cut_in_a_sweep_loses_no_network(
     assert done == [0, 1, 2, 3, 4, 5]
     kept = read_partial(table.own)
     assert len(kept) == 5 and all(network.ratio > 0 and network.spans for network in kept)  # each once, those before the cut too
-    proxy.close()
 
 
 @needs_sshd
@@ -435,6 +448,23 @@ def test_a_runtime_that_hangs_or_dies_costs_only_itself(
 
 
 @needs_sshd
+def test_a_link_that_rests_is_kept_and_one_that_was_dropped_meanwhile_is_made_again(
+    reach: Callable[..., Ssh], network: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "PING_S", 0.1)
+    proxy = proxied()
+    device = reach(proxy.port)
+    with contextlib.closing(device.rig("onnxruntime", 1)) as rig:
+        handle, before = rig.load(network, "fp32").handle, proxy.passed
+        time.sleep(1.0)
+        assert proxy.passed > before and rig.warm_up(handle)[0] >= 15  # signs of life went over, and nothing else happened
+    proxy.cut()
+    time.sleep(0.3)
+    with contextlib.closing(device.rig("onnxruntime", 1)) as rig:
+        assert rig.load(network, "fp32").handle == 1
+
+
+@needs_sshd
 def test_one_user_measures_at_a_time(reach: Callable[..., Ssh]) -> None:
     first, second = reach(), reach()
     rig = first.rig("onnxruntime", 1)
@@ -468,15 +498,16 @@ def test_what_arrives_is_what_was_announced_and_the_agent_takes_no_path(reach: C
 
 
 @needs_sshd
-def test_a_slow_and_far_link_gives_the_same_answers(reach: Callable[..., Ssh], network: Path, place: Board) -> None:
-    proxy = Proxy(place.port, bytes_per_s=2.5e6, delay_s=0.025)
+def test_a_slow_and_far_link_gives_the_same_answers(
+    reach: Callable[..., Ssh], network: Path, proxied: Callable[..., Proxy]
+) -> None:
+    proxy = proxied(bytes_per_s=2.5e6, delay_s=0.025)
     device = reach(proxy.port)
     with contextlib.closing(device.rig("onnxruntime", 1)) as rig:
         loaded = rig.load(network, "fp32", check=True, bursts=(2, 3))
         started = time.monotonic()
         made = list(rig.timed([Visit(loaded.handle, 1, 3)] * 20))
         assert len(made) == 20 and time.monotonic() - started < 2.0  # not a round trip each
-    proxy.close()
 
 
 # --- hostile boards -----------------------------------------------------------------------------------------------------------

@@ -159,6 +159,8 @@ class Link:
         self._posted: set[int] = set()
         self.alive = True
         self.clock = 0, time.monotonic_ns()  # the board's, and this machine's at the time
+        self._busy, self._over = threading.Lock(), threading.Event()
+        threading.Thread(target=self._show_life, daemon=True).start()
 
     def greet(self) -> Greeting:
         """Send the agent and hear its first words.
@@ -188,17 +190,21 @@ class Link:
 
     def post(self, verb: str, how: dict[str, Any], payload: Iterable[bytes] = (), **more: Any) -> int:
         """Send a request; the number to wait for."""
-        self._count += 1
-        line = json.dumps({"id": self._count, "verb": verb, "with": how, **more}).encode() + b"\n"
-        self._posted.add(self._count)
-        self._exchange([line], STALLED_S)
-        for block in payload:
-            self._exchange([block], STALLED_S)
-        return self._count
+        with self._busy:
+            self._count += 1
+            line = json.dumps({"id": self._count, "verb": verb, "with": how, **more}).encode() + b"\n"
+            self._posted.add(self._count)
+            self._exchange([line], STALLED_S)
+            for block in payload:
+                self._exchange([block], STALLED_S)
+            return self._count
 
     def wait(self, number: int, limit_s: float) -> Answer:
         """The answer to a request that was posted."""
-        end = time.monotonic() + limit_s
+        with self._busy:
+            return self._wait(number, time.monotonic() + limit_s)
+
+    def _wait(self, number: int, end: float) -> Answer:
         while number not in self._answers:
             answer = self._decoded(self._line(end), Answer)
             if answer.id not in self._posted:
@@ -215,6 +221,7 @@ class Link:
 
     def close(self) -> None:
         """Say goodbye and end ssh."""
+        self._over.set()
         if self.alive:
             with contextlib.suppress(LinkError, MeasurementError):
                 self._exchange([b'{"id":0,"verb":"bye","with":{}}\n'], GOODBYE_S)
@@ -278,11 +285,14 @@ class Link:
         line, self._buffer = self._buffer[:at], self._buffer[at + 1 :]
         return line
 
-    def ping(self) -> None:
-        """A sign of life, where nothing was sent for a while."""
-        if self.alive and time.monotonic() - self._sent_at > PING_S:
-            with contextlib.suppress(LinkError):
-                self._exchange([b'{"verb":"ping"}\n'], 1.0)
+    def _show_life(self) -> None:
+        """Signs of life while this side is at work on something else: the board takes a silent link for lost."""
+        while not self._over.wait(PING_S) and self.alive:
+            if self._busy.acquire(blocking=False):
+                with contextlib.suppress(LinkError, MeasurementError):
+                    if time.monotonic() - self._sent_at > PING_S / 2:
+                        self._exchange([b'{"verb":"ping"}\n'], STALLED_S)
+                self._busy.release()
 
     def _listen(self, stream: Any) -> None:
         with contextlib.suppress(OSError, ValueError):

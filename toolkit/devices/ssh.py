@@ -33,6 +33,7 @@ BEGIN_S, LOAD_S, TIMED_S, PROFILE_S, FILE_S = 60.0, 300.0, 300.0, 600.0, 600.0  
 BATCH_S = 1.5  # of visits made at once: long beside a round trip, short beside a session
 KEEP_S = 60.0  # how long the board keeps uploads for a link that comes back
 MAX_BATCH = 1000  # visits
+_REPEATABLE = ("about", "begin", "has")  # what means the same to the next agent
 SMALL = 1 << 18  # bytes of a file that is sent without asking first
 SAMPLE, MAX_COMPRESSED = 1 << 16, 256 << 20
 
@@ -208,9 +209,16 @@ class Ssh:
         return link
 
     def ask(self, verb: str, how: dict[str, Any], kind: type[T], limit_s: float, **more: Any) -> T:
-        """One request and its result."""
+        """One request and its result; once more through a new link where this one turns out to be lost."""
         link = self.live()
-        return self.result(link.wait(link.post(verb, how, **more), limit_s), kind)
+        try:
+            answer = link.wait(link.post(verb, how, **more), limit_s)
+        except LinkError:
+            if verb not in _REPEATABLE:
+                raise
+            link = self.live()
+            answer = link.wait(link.post(verb, how, **more), limit_s)
+        return self.result(answer, kind)
 
     def result(self, answer: Answer, kind: type[T]) -> T:
         """What an answer holds; an error of the tree where that is what it tells."""
