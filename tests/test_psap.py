@@ -46,7 +46,7 @@ def test_killed_in_its_recovery_and_run_again_psap_ends_with_the_same_plan_and_w
     whole = subprocess.run(command(tmp_path / "whole"), env=environment, capture_output=True, text=True)
     assert whole.returncode == 0 and whole.stdout.splitlines()[-1].startswith("MET"), whole.stderr
     process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begun = tmp_path / "killed" / CHECKPOINTS / "psap,-recovery-1.safetensors"
+    begun = tmp_path / "killed" / CHECKPOINTS / "psap-recovery-1.safetensors"
     while not begun.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def train(
     placed(module, device)
     named = dict(module.named_parameters())
     optimizer = optimizer_of(how, list(named.values()))
-    path = folder / f"{course.name.replace(' ', '-')}.safetensors"
+    path = folder / f"{'-'.join(re.findall(r'[a-z0-9]+', course.name))}.safetensors"
     mark = hashlib.sha256(msgspec.json.encode([fingerprint, course.name, digest(module), samples.digest])).hexdigest()
     saved = checkpoint.load(path, mark)
     if saved:
