@@ -13,9 +13,9 @@ PLAIN = RunRequest(model="m", data="d", out="o", budget=parse_budget("0.5x"))
 
 
 def test_a_setting_changes_its_field_and_no_other() -> None:
-    found = apply_settings(PLAIN, ["psap.epochs=3", "train.lr=0.1", "psap.epochs=4"])
-    assert (found.psap.epochs, found.train.lr) == (4, 0.1)
-    assert set(differing(found)) == {"psap.epochs=4", "train.lr=0.1"} and differing(PLAIN) == []
+    found = apply_settings(PLAIN, ["psap.epochs=3", "train.lr=0.3", "psap.epochs=4"])
+    assert (found.psap.epochs, found.train.lr) == (4, 0.3)
+    assert set(differing(found)) == {"psap.epochs=4", "train.lr=0.3"} and differing(PLAIN) == []
 
 
 def test_what_differs_makes_the_same_request_again() -> None:

@@ -71,7 +71,7 @@ class Training(Record, frozen=True, kw_only=True):
     augment: Literal["none", "crop", "crop+flip"] = "crop"  # crop: shifted by up to an eighth; flip suits photographs
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch: Annotated[int, msgspec.Meta(ge=1)] = 128
-    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.02  # at its highest; it ends at 0
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.1  # at its highest; it ends at 0
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 1e-4
     clip: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # the gradient's norm is at most this; 0: no limit
