@@ -39,7 +39,7 @@ from toolkit.prune.modules import (
     restricted,
     sparse_between,
 )
-from toolkit.prune.pruner import Cut, State
+from toolkit.prune.pruner import Cut, State, cut
 
 
 class Padded(nn.Module):
@@ -293,6 +293,23 @@ def test_a_cut_in_modules_is_repaired_and_says_what_its_modules_do() -> None:
     effects = module_effects(done.form, x)
     assert len(effects) == 2 * (1 + len(done.form.modules))
     assert any(change for effect in effects if not effect.group for change in effect.classes)
+
+
+def test_what_a_cut_has_left_can_be_made_of_modules() -> None:
+    program = traced(Vgg)
+    images = np.random.default_rng(0).standard_normal((48, 3, 8, 8)).astype(np.float32)
+    names = modular_operators(program, drawn(program, 2, 0), 2)[0]
+    kept = {g.name: range(1, 1 + g.width // 2) for g in program.prunable}
+    state = cut(program, State(program), kept, images, repair_=True, seed=0, progress=lambda step, done, total: None)
+    done = modular_cut(
+        program, state, 2, names, images, coupling="weights", how="spectral", repair_=True, seed=0,
+        progress=lambda step, done, total: None,
+    )  # fmt: skip
+    assert done.form is not None and set(done.form.modular.operators) == set(names)
+    assert done.state.widths(program) == state.state.widths(program)
+    x = torch.from_numpy(images[:8])
+    assert apart(masked_values(done.form.cut, done.form.modular).module, done.state.program.module, x) < 1e-4
+    assert done.repaired is not None and done.repaired.after < done.repaired.before
 
 
 def test_settings_of_crespr_are_checked() -> None:

@@ -482,6 +482,8 @@ def regroup(program: Program, modules: Assignment, count: int, names: Sequence[s
     walk = rewritten(program, modules, count, chosen, shared_copy(program.module))
     module = walk.module
     orders = {n.name: orders for n, orders in walk.orders.items() if n.name in program.shapes}
+    for node in module.graph.nodes:
+        node.meta.pop("val", None)  # of the graph that was exported; cuts have been made since
     module.graph.lint()
     module.recompile()
     return Modular(
