@@ -111,6 +111,8 @@ def test_what_was_scored_is_taken_where_the_step_from_it_is_short_enough() -> No
     rungs = ladder((0.77, 2, True), (0.7, 3, False))
     assert rung_for(job(0.68), rungs) is rungs[0]  # 0.66 / 0.77 is about as long a step as a third of the way to 0.68
     assert rung_for(job(0.5), rungs) is rungs[1]  # far away: from the nearer one, scored anew
+    early = ladder((0.56, 1, True), (0.52, 3, False))
+    assert rung_for(job(0.5), early) is early[1]  # near, but reached in too few rounds
     assert rung_for(job(0.75), rungs).share == 0.77 and rung_for(job(0.9), rungs).rounds == 0
 
 

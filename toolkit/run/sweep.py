@@ -126,7 +126,7 @@ def work_off(work: Work, base: loop.Job, points: dict[str, SweepPoint], out: Pat
             ready = dataclasses.replace(job, floor=loop.above(job, *floor))
             if first is None and job.request.method in SCORED:
                 with clock.step("first scoring"):
-                    first = loop.score_round(ready, State(ready.program), 0)
+                    first = loop.score_round(dataclasses.replace(ready, progress=begin.progress), State(ready.program), 0)
                 ladder = [dataclasses.replace(rung, history=(first,)) for rung in ladder]
             if before is None:
                 with clock.step("evaluate dense"):
@@ -139,6 +139,8 @@ def work_off(work: Work, base: loop.Job, points: dict[str, SweepPoint], out: Pat
             ladder += outcome.ladder
             points[where] = point_of(single.deliver(begin, ready, outcome, own, before=before), out, job.request)
         except BudgetError as error:
+            if job.folder.exists():
+                single.clear(job.folder)  # an earlier run's results are not this budget's
             points[where] = refused(job, out, error)
         finally:
             single.tidy(job.folder)
@@ -150,9 +152,20 @@ def budgeted(base: loop.Job, request: RunRequest) -> loop.Job:
     exact_ns, folder = request.budget.latency_ns, Path(request.out)
     budget = exact_ns / loop.steady_ns(base, base.dense_ns) if exact_ns else request.budget.ratio
     dense_path = folder / base.dense_path.name
-    trainer = dataclasses.replace(base.trainer, request=request, folder=folder) if base.trainer else None
+
+    def labelled(step: str, done: float, total: float) -> None:
+        base.progress(f"{request.budget.text}: {step}", done, total)
+
     return dataclasses.replace(
-        base, request=request, folder=folder, dense_path=dense_path, exact_ns=exact_ns, budget=budget, floor=None, trainer=trainer
+        base,
+        request=request,
+        folder=folder,
+        dense_path=dense_path,
+        exact_ns=exact_ns,
+        budget=budget,
+        floor=None,
+        progress=labelled,
+        trainer=dataclasses.replace(base.trainer, request=request, folder=folder, progress=labelled) if base.trainer else None,
     )
 
 
