@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -78,8 +79,7 @@ def test_fine_tuning_keeps_the_widths_and_is_told_apart(tmp_path, shared_cache, 
 
 
 def test_a_network_that_fine_tuning_made_no_better_is_not_delivered(monkeypatch, tmp_path) -> None:
-    from toolkit.run import finetune as module
-
+    module = importlib.import_module("toolkit.run.finetune")
     worse = iter((0.1, 0.2))
     monkeypatch.setattr(module, "goal", lambda *args: SimpleNamespace(judge=lambda program: next(worse)))
     trainer = SimpleNamespace(

@@ -22,7 +22,7 @@ def psap(job: loop.Job) -> loop.Outcome:
     trained; where the confirmation disagrees, it is back to the weights before surgery.
 
     Raises:
-        BudgetError: the budget cannot be met while every branch stays.
+        BudgetError: the budget cannot be met.
     """
     choices, dense, trainer = job.request.psap, job.program, trainer_of(job)
     total = choices.epochs * trainer.per_epoch
@@ -110,6 +110,7 @@ def settled(job: loop.Job, pruning: Pruning, program: Program, share: float) -> 
     widths: dict[str, int] = {}
     for _ in range(loop.REFINEMENTS):
         found = pruning.widest(program.module, lambda w: fits(job, w, share))
+        found = found or pruning.widest(program.module, lambda w: fits(job, w, share), drop=True)
         if found is None:
             raise unreachable(job, pruning)
         widths = found
@@ -120,12 +121,12 @@ def settled(job: loop.Job, pruning: Pruning, program: Program, share: float) -> 
 
 
 def unreachable(job: loop.Job, pruning: Pruning) -> BudgetError:
-    """The budget is met only by dropping whole branches, which PSAP does not."""
-    least = {**pruning.full, **{name: min(widths) for name, widths in pruning.candidates.items()}}
+    """No ratios meet the budget by the table."""
+    least = {**pruning.full, **{name: min(widths) for name, widths in pruning.droppable.items()}}
     floor_ns = job.predicted(least) * job.dense_ns
     return BudgetError(
-        f"PSAP keeps every branch, and so takes at least {floor_ns / 1e6:.4g} ms of the dense {job.dense_ns / 1e6:.4g} ms.",
-        "Run it again with a larger --budget, or with --method causal, which can drop branches.",
+        f"PSAP's ratios lead to {floor_ns / 1e6:.4g} ms at the least, of the dense {job.dense_ns / 1e6:.4g} ms.",
+        "Run it again with a larger --budget, or with --method causal.",
         floor_ns=floor_ns,
         smallest_budget_ns=floor_ns,
     )

@@ -188,6 +188,7 @@ class Pruning:
     steps: int
     fits: Callable[[Widths, float], bool]
     filters: Mapping[str, tuple[Filters, ...]]
+    droppable: Mapping[str, Sequence[int]]  # the candidates with 0 among them where a whole branch may go
 
     @classmethod
     def of(
@@ -198,9 +199,9 @@ class Pruning:
         steps: int,
         fits: Callable[[Widths, float], bool],
     ) -> Pruning:
-        """Whole branches stay: their widths have no 0 among them."""
+        """Masks keep every branch: while they are soft, no group has width 0."""
         positive = {name: tuple(w for w in widths if w > 0) for name, widths in candidates.items()}
-        return cls(program, positive, choices, steps, fits, filters_of(program, list(positive)))
+        return cls(program, positive, choices, steps, fits, filters_of(program, list(positive)), dict(candidates))
 
     @property
     def full(self) -> dict[str, int]:
@@ -215,9 +216,10 @@ class Pruning:
         for i, name in enumerate(self.candidates):
             module.register_buffer(f"{ALIVE}{i}", torch.ones(self.full[name], dtype=torch.bool))
 
-    def dealer(self, module: torch.nn.Module) -> Dealer:
+    def dealer(self, module: torch.nn.Module, drop: bool = False) -> Dealer:
         by_layer = {name: magnitudes(module, group) for name, group in self.filters.items()}
-        return Dealer(self.full, self.candidates, by_layer if self.choices.ratios == "sparsity" else None)
+        candidates = self.droppable if drop else self.candidates
+        return Dealer(self.full, candidates, by_layer if self.choices.ratios == "sparsity" else None)
 
     def at(self, step: int) -> int | None:
         """Which of the pruning steps, from 1, comes before a step of training; None where none does."""
@@ -225,9 +227,9 @@ class Pruning:
         begins = [k * self.steps // count for k in range(count)]
         return begins.index(step) + 1 if step in begins else None
 
-    def widest(self, module: torch.nn.Module, fits: Callable[[Widths], bool]) -> dict[str, int] | None:
-        """The widest widths that fit, dealt by the weights as they are now."""
-        return dealt(self.dealer(module), fits)
+    def widest(self, module: torch.nn.Module, fits: Callable[[Widths], bool], drop: bool = False) -> dict[str, int] | None:
+        """The widest widths that fit, dealt by the weights as they are now; with `drop` whole branches may go."""
+        return dealt(self.dealer(module, drop), fits)
 
     def remask(self, module: GraphModule, step: int) -> None:
         """The hook before each step of training: where it is one of pruning, masks are chosen anew."""
