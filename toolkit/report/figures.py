@@ -22,6 +22,7 @@ ROW = 15.0  # height of one group or kernel
 GROUPS_SHOWN = 64
 KERNELS_SHOWN = 16
 CLASSES_SHOWN = 20
+MODULES_NUMBERED = 6  # of more, figures beside the points would overlap
 CATEGORIES = ("critical", "undecided", "neutral", "detrimental")
 
 # Colours that occur nowhere else stand for CSS variables until the SVG is written.
@@ -421,7 +422,9 @@ def modules(graph: ModuleGraph) -> str:
                 upper.plot(ends, [row - 0.5, row + 0.5], color=_COLOUR["pruned"], linewidth=width, solid_capstyle="round")
         _rows(upper, operators)
         upper.set_ylim(len(operators) - 0.4, -0.6)
-        upper.set_xticks(range(graph.count), [f"module {m + 1}" if graph.count <= 6 else str(m + 1) for m in range(graph.count)])
+        upper.set_xticks(
+            range(graph.count), [f"module {m + 1}" if graph.count <= MODULES_NUMBERED else str(m + 1) for m in range(graph.count)]
+        )
         upper.set_xlim(-0.6, graph.count - 0.4)
         upper.xaxis.tick_top()
         largest = max((abs(c) for effect in whole for c in effect.classes if c is not None), default=0.0) or 1.0
@@ -431,7 +434,9 @@ def modules(graph: ModuleGraph) -> str:
                     colour = _COLOUR["critical" if change < 0 else "detrimental"]
                     size = 1 + 8 * math.sqrt(abs(change) / largest)
                     lower.plot(effect.module, row, "o", color=colour, markersize=size)
-                    lower.annotate(f"{change:+.1f}", (effect.module, row), (8, 0), textcoords="offset points", va="center")
+                    if graph.count <= MODULES_NUMBERED:
+                        said = units.signed(change)
+                        lower.annotate(said, (effect.module, row), (8, 0), textcoords="offset points", va="center")
         _rows(lower, [f"class {row}" for row in range(shown)])
         lower.set_xlim(-0.6, graph.count - 0.4)
         lower.set_xticks([])
