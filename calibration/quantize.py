@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -209,8 +209,17 @@ def observe(model: Any, inputs: Iterable[npt.NDArray[Any]], recipe: Recipe) -> O
     return Observed(observers, seen)
 
 
-def quantize(model: Any, ranges: Mapping[str, tuple[float, float]], recipe: Recipe, only: Collection[str] | None = None) -> Any:
+def quantize(
+    model: Any,
+    ranges: Mapping[str, tuple[float, float]],
+    recipe: Recipe,
+    only: Collection[str] | None = None,
+    weight_bits: Literal[7, 8] = 8,
+) -> Any:
     """A prepared model with Q/DQ around its layers, or around those named `only`; weights int8, per output channel, symmetric.
+
+    `weight_bits` 7: weights from -64 to 64. Where a processor adds two products of eight bits in sixteen (x86 without VNNI), the
+    sum of two larger ones saturates.
 
     Raises:
         DataProblem: onnxruntime's quantizer refuses it; its own words.
@@ -229,7 +238,7 @@ def quantize(model: Any, ranges: Mapping[str, tuple[float, float]], recipe: Reci
         quantizer = QDQQuantizer(
             given,
             True,  # per channel
-            False,  # reduced range
+            weight_bits == 7,  # reduced range
             QuantType.QInt8,
             QuantType.QInt8 if recipe.signed else QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, data),

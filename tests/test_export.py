@@ -228,6 +228,13 @@ def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path
     )
 
 
+def test_weights_have_the_bits_that_change_the_outputs_less() -> None:
+    model, inputs = exported(Block), images(16)
+    found = {bits: to_int8(model, how(inputs, ranges="minmax", weight_bits=bits), quiet)[1] for bits in (0, 7, 8)}
+    assert (found[7].weight_bits, found[8].weight_bits) == (7, 8)
+    assert found[0] == min(found[7], found[8], key=lambda record: record.distortion)
+
+
 class Fragile(nn.Module):
     """One layer whose input has a channel that is a thousand times the others, and matters little: eight bits lose the others."""
 
@@ -254,8 +261,9 @@ def test_layers_that_cost_most_go_back_to_float_until_the_drop_is_small_enough()
     dense = run(model, inputs)
     assert distortion(run(made, inputs), dense) < distortion(run(free, inputs), dense)
     assert record.agreement >= whole.agreement
+    kept = tuple(layer.layer for layer in record.kept_float)
     again, same = to_int8(
-        model, how(inputs, search=False, ranges=record.ranges, keep_float=tuple(f.layer for f in record.kept_float)), quiet
+        model, how(inputs, search=False, ranges=record.ranges, weight_bits=record.weight_bits, keep_float=kept), quiet
     )
     assert {f.layer for f in same.kept_float} == {f.layer for f in record.kept_float} and same.layers == record.layers
     np.testing.assert_array_equal(run(again, inputs), run(made, inputs))

@@ -520,6 +520,7 @@ class Quantization(Record, frozen=True, kw_only=True):
     ranges: Literal["minmax", "percentile", "mse"]  # how activation ranges were taken
     images: int
     layers: int  # with weights, that run in integers
+    weight_bits: Literal[7, 8] = 8  # 7 where products of 8 saturate in the runtime that judged
     kept_float: tuple[FloatLayer, ...]
     distortion: float  # E|q - f|^2 / E|f - E f|^2
     agreement: float  # share of images with the same top-1

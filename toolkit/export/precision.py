@@ -45,14 +45,16 @@ class Quantizing:
     ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     max_drop: float = 1.0
     keep_float: tuple[str, ...] = ()
+    weight_bits: Literal[0, 7, 8] = 0  # 0: whichever changes the outputs less in the judging runtime
     search: bool = True  # for layers to leave in float; else all of them, but for `keep_float`, are quantized
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One choice of ranges and layers, and what it does to the outputs."""
+    """One choice of ranges, bits and layers, and what it does to the outputs."""
 
     model: Any
+    bits: Literal[7, 8]
     distortion: float
     drop: float
     agreement: float
@@ -79,6 +81,8 @@ def to_fp16(model: Any) -> Any:
 
 def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quantization]:
     """The network with Q/DQ, judged in its runtime; layers that cost most go back to float until `max_drop` holds.
+
+    Processors differ in whether sums of products of eight bits saturate, so seven bits for the weights are tried too.
 
     Raises:
         DataError: no images, or activations that are no numbers.
@@ -107,25 +111,29 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         def ranges_by(method: RangeMethod) -> dict[str, tuple[float, float]]:
             return seen.ranges(method, recipe.signed)
 
-        def attempt(method: RangeMethod, kept: Collection[str]) -> Attempt:
+        def attempt(method: RangeMethod, kept: Collection[str], bits: Literal[7, 8]) -> Attempt:
             chosen = [name for name in everything if name not in kept]
-            made = calibration.quantize(ready, ranges_by(method), recipe, chosen)
+            made = calibration.quantize(ready, ranges_by(method), recipe, chosen, bits)
             step = f"int8, {len(kept)} layers in float" if kept else f"int8, {method} ranges"
+            step += ", weights of 7 bits" if bits == 7 else ""
             found = outputs(made, how, how.images, step, progress)
             lost = distortion(found, dense)
             return Attempt(
-                made, lost, expected_drop(found, dense) if classes else 100 * lost, agreement(found, dense), tuple(kept)
+                made, bits, lost, expected_drop(found, dense) if classes else 100 * lost, agreement(found, dense), tuple(kept)
             )
 
-        for method in METHODS if how.ranges == "auto" else (how.ranges,):
-            tried[method] = attempt(method, ())
+        first, *others = METHODS if how.ranges == "auto" else (how.ranges,)
+        offered: tuple[Literal[7, 8], ...] = (how.weight_bits,) if how.weight_bits else (8, 7)
+        tried[first] = min((attempt(first, (), bits) for bits in offered), key=lambda each: each.distortion)
+        for method in others:
+            tried[method] = attempt(method, (), tried[first].bits)
         best = min(tried, key=lambda method: tried[method].distortion)
         chosen, costs = tried[best], dict[str, float]()
         if how.search and chosen.drop > how.max_drop:
-            costs = layer_costs(ready, ranges_by(best), recipe, everything, how, progress)
+            costs = layer_costs(ready, ranges_by(best), recipe, everything, chosen.bits, how, progress)
             order, count = sorted(costs, key=lambda name: -costs[name]), 1
             while chosen.drop > how.max_drop and count <= len(order):
-                chosen = attempt(best, order[:count])
+                chosen = attempt(best, order[:count], chosen.bits)
                 count = len(order) if count < len(order) < 2 * count else 2 * count
     except calibration.DataProblem as problem:
         raise DataError(problem.message, problem.hint) from problem
@@ -138,6 +146,7 @@ def to_int8(model: Any, how: Quantizing, progress: Progress) -> tuple[Any, Quant
         ranges=best,
         images=len(how.images),
         layers=len(weighted.difference(chosen.kept)),
+        weight_bits=chosen.bits,
         kept_float=tuple(FloatLayer(layer=name, distortion=costs.get(name, 0.0)) for name in (*how.keep_float, *chosen.kept)),
         distortion=chosen.distortion,
         agreement=chosen.agreement,
@@ -179,6 +188,7 @@ def layer_costs(
     ranges: Mapping[str, tuple[float, float]],
     recipe: calibration.Recipe,
     everything: Collection[str],
+    bits: Literal[7, 8],
     how: Quantizing,
     progress: Progress,
 ) -> dict[str, float]:
@@ -188,7 +198,8 @@ def layer_costs(
     costs = {}
     for done, name in enumerate(everything):
         progress("layers one by one", done, len(everything))
-        costs[name] = distortion(outputs(calibration.quantize(ready, ranges, recipe, [name]), how, images, "", progress), dense)
+        alone = calibration.quantize(ready, ranges, recipe, [name], bits)
+        costs[name] = distortion(outputs(alone, how, images, "", progress), dense)
     progress("layers one by one", len(everything), len(everything))
     return costs
 

@@ -364,8 +364,8 @@ def exported(out: str, artefacts: Sequence[Artefact], ratios: Sequence[Ratio], f
     q = artefacts[0].quantization
     if q is not None:
         lines.append(
-            f"int8: {q.layers} layers, {q.ranges} ranges of {q.images} images; same top-1 as fp32 {units.share(q.agreement)},"
-            f" expected drop {q.expected_drop:.2f} of {q.max_drop:g} points"
+            f"int8: {q.layers} layers, weights of {q.weight_bits} bits, {q.ranges} ranges of {q.images} images;"
+            f" same top-1 as fp32 {units.share(q.agreement)}, expected drop {q.expected_drop:.2f} of {q.max_drop:g} points"
         )
     if q is not None and q.kept_float:
         lines.append("in float: " + ", ".join(layer.layer for layer in q.kept_float))

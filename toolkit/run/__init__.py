@@ -394,7 +394,7 @@ def lower_dense(begin: Beginning, target: Target) -> tuple[Path, Quantizing, Qua
     source = from_program(begin.traced.program)
     record = export_artefacts(source, folder, "model", "dense", wanted, samples, begin.progress)[0].quantization
     assert record is not None
-    how = dataclasses.replace(how, ranges=record.ranges, search=bool(record.kept_float))
+    how = dataclasses.replace(how, ranges=record.ranges, weight_bits=record.weight_bits, search=bool(record.kept_float))
     return folder / f"model{target.artefact_suffix}", how, record
 
 

@@ -249,7 +249,7 @@ def timed(made: Exported, source: Source, wanted: Wanted, folder: Path, progress
     paths = [folder / f"fp32{suffix}", folder / f"model{suffix}"]
     record = made.artefacts[0].quantization
     if record is not None and wanted.quantizing is not None and len(record.kept_float) > len(wanted.quantizing.keep_float):
-        whole = replace(wanted.quantizing, search=False, ranges=record.ranges)
+        whole = replace(wanted.quantizing, search=False, ranges=record.ranges, weight_bits=record.weight_bits)
         export_artefacts(source, folder, "all_int8", "dense", replace(wanted, quantizing=whole), {}, progress)
         paths.append(folder / f"all_int8{suffix}")
     found = benches.benchmark(made.profile, paths, progress=progress)
