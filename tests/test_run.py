@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
+import networks
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from toolkit.errors import BudgetError, UsageError
 from toolkit.run import loop
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
-from toolkit.schema import DimForm, Plan, Report, RunRequest, load_json
+from toolkit.schema import DimForm, Plan, Preprocess, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,7 +220,11 @@ def test_the_same_seed_on_the_same_device_gives_the_same_plan_and_figures(tmp_pa
     plans, reports = [], []
     for name in ("first", "second"):
         monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / name / "cache"))
-        wanted = msgspec.structs.replace(request(tmp_path / name / "out", "0.6x"), profile="simulated-cpu")
+        (tmp_path / "net.py").write_text(networks.STRIDED)
+        wanted = msgspec.structs.replace(
+            request(tmp_path / name / "out", "0.6x"), model=f"{tmp_path / 'net.py'}:model", profile="simulated-cpu",
+            preprocess=Preprocess(input=(1, 1, 32, 32), mean=(0.31,), std=(0.35,)),
+        )  # fmt: skip
         reports.append(job.run(wanted, quiet))
         plans.append(load_json(Plan, tmp_path / name / "out" / "plan.json"))
     assert plans[0].groups == plans[1].groups and any(len(group.kept) < group.width_before for group in plans[0].groups)
