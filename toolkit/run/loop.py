@@ -28,8 +28,10 @@ from toolkit.schema import Artefact, Comparison, Iteration, ModuleGraph, Quantiz
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
+GLANCE_S = 5.0
 UNSTEADY = 0.08  # relative, how far the dense latency may be off the run's first before a session is repeated
 NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
+UNSURE = 1.3  # what a floor whose measurement is not valid may be off
 EFFECT_PASSES = 20.0
 PROGRESSIVE_ROUNDS = 5  # of C-SWAP, and at most of pruning without a budget
 REFINEMENTS, HOLDS = 3, 0.02  # proposals measured before one is believed; relative, how far a measurement may be off a promise
@@ -211,18 +213,23 @@ def check_floor(job: Job) -> Floor:
     Raises:
         BudgetError: the budget is under the measured floor; carries the floor and the smallest budget that works.
     """
-    return above(job, *measure_floor(job))
+    return above(job, *measure_floor(job, job.budget))
 
 
-def measure_floor(job: Job) -> tuple[Mapping[str, int], Comparison]:
-    """The narrowest widths, and how they compare with the dense network."""
+def measure_floor(job: Job, tightest: float) -> tuple[Mapping[str, int], Comparison]:
+    """The narrowest widths, and how they compare with the dense network: at a glance where that is far below the tightest budget,
+    a share of dense. A network of some microseconds is never timed as well as one of milliseconds, and needs not be.
+    """
     groups = job.program.groups
     lowest = floor(groups, job.candidates, {}, job.model.costs(), job.model.overhead_ns, memory=job.memory_limit())
     state = floor_state(job.program, lowest.widths)
     folder = job.folder / ".floor"
     job.progress("floor", 0, 1)
     write(job, state, folder)
-    measured = compare(job, job.pruned_path(folder), lowest.widths)
+    path = job.pruned_path(folder)
+    measured = glance(job, path, lowest.widths)
+    if measured.ratio_ci95[1] > NEAR_FLOOR * tightest:
+        measured = compare(job, path, lowest.widths)
     job.progress("floor", 1, 1)
     return lowest.widths, measured
 
@@ -236,7 +243,7 @@ def above(job: Job, widths: Mapping[str, int], measured: Comparison) -> Floor:
     if job.share(measured) <= HIGHEST and job.upper(measured) <= HIGHEST:
         return Floor(widths, measured.ratio)
     dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
-    smallest = measured.ratio_ci95[1] * 1.06
+    smallest = measured.ratio_ci95[1] * (1.06 if measured.pruned.valid else UNSURE)
     named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
     raise BudgetError(
         f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest"
@@ -290,9 +297,21 @@ def compare(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
     return measured
 
 
-def remembered(job: Job, widths: Mapping[str, int]) -> Path:
+def glance(job: Job, path: Path, widths: Mapping[str, int]) -> Comparison:
+    """Dense and pruned, for no longer than it takes to see how far apart they are; remembered by itself."""
+    known = remembered(job, widths, "glance")
+    with suppress(UsageError):
+        return load_json(Comparison, known)
+    measured = bench.compare(
+        job.target.profile, job.dense_path, path, statistic=job.request.statistic, time_limit_s=GLANCE_S, retries=0
+    )
+    save_json(known, measured)
+    return measured
+
+
+def remembered(job: Job, widths: Mapping[str, int], *kind: str) -> Path:
     """The file of what these widths measured."""
-    known = [job.request.statistic, sorted(widths.items()), *([job.shape.key] if job.shape else [])]
+    known = [*kind, job.request.statistic, sorted(widths.items()), *([job.shape.key] if job.shape else [])]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     return job.plans / f"{digest}.json"
 

@@ -110,9 +110,9 @@ class Work:
 def work_off(work: Work, base: loop.Job, points: dict[str, SweepPoint], out: Path) -> None:
     """Everything that is not in `points` yet, from the loosest budget to the tightest; points are written as they come."""
     clock, begin = work.clock, work.begin
-    with clock.step("floor"):
-        floor = loop.measure_floor(base)
     jobs = sorted((budgeted(base, each) for each in work.requests), key=lambda job: -job.budget)
+    with clock.step("floor"):
+        floor = loop.measure_floor(base, jobs[-1].budget)
     first: Scores | None = None
     before: np.ndarray[Any, Any] | None = None
     ladder: list[loop.Rung] = []
