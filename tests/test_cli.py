@@ -27,7 +27,7 @@ from toolkit.schema import Benchmark, Comparison, Plan, Report, from_json, load_
 
 VERBS = ("run", "sweep", "demo", "prune", "measure", "bench", "export", "report", "profiles", "doctor")
 INPUT = ("--input", "1x3x16x16")
-pytestmark = [pytest.mark.slow, pytest.mark.timed]
+pytestmark = pytest.mark.slow
 
 NETWORKS = """
 import torch
@@ -394,6 +394,7 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(place, job.cache, job.again(out="first"))
 
 
+@pytest.mark.timed
 def test_a_whole_run_leaves_what_the_verdict_line_says(finished: Finished) -> None:
     report, plan = finished.records()
     out = finished.place / "first"
@@ -412,6 +413,7 @@ def test_a_whole_run_leaves_what_the_verdict_line_says(finished: Finished) -> No
     assert report.accuracy_dense is not None and report.evaluation_images + report.calibration_images == 120
 
 
+@pytest.mark.timed
 def test_the_same_seed_and_table_give_the_same_plan_and_json_is_a_report(finished: Finished) -> None:
     again = finished.again("--json")
     first, plan = finished.records()
@@ -424,6 +426,7 @@ def test_the_same_seed_and_table_give_the_same_plan_and_json_is_a_report(finishe
     assert re.match("(MET|MISSED)  ", again.error.splitlines()[-1])
 
 
+@pytest.mark.timed
 def test_without_labels_there_is_agreement_but_no_accuracy(finished: Finished) -> None:
     found = finished.again(data="unlabelled.npz", out="unlabelled")
     report, _ = finished.records("unlabelled")
@@ -431,6 +434,7 @@ def test_without_labels_there_is_agreement_but_no_accuracy(finished: Finished) -
     assert re.search(r"agreement [\d.]+ %$", found.out.splitlines()[-1])
 
 
+@pytest.mark.timed
 def test_report_shows_a_finished_run_again(finished: Finished) -> None:
     page = finished.place / "first" / "report.html"
     page.unlink()
@@ -438,6 +442,7 @@ def test_report_shows_a_finished_run_again(finished: Finished) -> None:
     assert found.out == finished.result.out and found.code == finished.result.code and page.stat().st_size > 10_000
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["header.json", "rows-*.csv", "samples.json"])
 def test_a_damaged_table_is_named_and_its_advice_repairs_it(finished: Finished, name: str) -> None:
     (path,) = finished.cache.rglob(name)
@@ -455,6 +460,7 @@ def test_a_damaged_table_is_named_and_its_advice_repairs_it(finished: Finished, 
         assert path.read_bytes() == whole  # made again from the networks that were measured
 
 
+@pytest.mark.timed
 def test_bench_keeps_a_figure_and_holds_later_ones_against_it(call: Call, tmp_path: Path) -> None:
     slow, fast = residual(tmp_path / "net.onnx", (64, 64), 32), residual(tmp_path / "new" / "net.onnx", (16, 16), 32)
     found = call("bench", str(fast), "-p", "simulated-cpu", "-o", str(tmp_path / "earlier.json"))
@@ -469,6 +475,7 @@ def test_bench_keeps_a_figure_and_holds_later_ones_against_it(call: Call, tmp_pa
     assert failed.code == 1 and "FAILED" in failed.error and gates[0].limit == 1.2 and not gates[0].passed
 
 
+@pytest.mark.timed
 def test_bench_of_several_says_what_got_faster(call: Call, tmp_path: Path) -> None:
     slow, fast = residual(tmp_path / "slow.onnx", (64, 64), 32), residual(tmp_path / "fast.onnx", (32, 64), 32)
     found = call("bench", str(slow), str(fast), str(slow), "-p", "simulated-npu", "--kernels", "--fail-over", "5%")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -675,3 +676,22 @@ def test_an_engine_for_a_device_is_left_to_its_own_tool(network: Path, tmp_path:
     said = export(request, lambda step, done, total: None).notes[-1]
     assert "scp -P 2222" in said and "me@board:model.onnx" in said and "ssh -p 2222 me@board 'trtexec --onnx=model.onnx" in said
     assert sorted(path.name for path in out.iterdir()) == ["export.json", "model.onnx"]
+
+
+@needs_sshd
+@pytest.mark.slow
+@pytest.mark.timed
+def test_a_run_on_a_board_is_a_run(place: Board, tmp_path: Path, shared_cache: Path) -> None:
+    """From the same table as a run here."""
+    from toolkit.demo import data_path, eval_path
+
+    words = ["run", "demo", "--data", str(data_path()), "--eval-data", str(eval_path()), "--budget", "0.6x", "--samples", "96"]
+    words += ["--rounds", "1", "--on", place.url, "-o", str(tmp_path / "out")]
+    environment = {**os.environ, "EDGEKIT_SSH_CONFIG": str(place.config()), "EDGEKIT_CACHE": str(shared_cache)}
+    command = [sys.executable, "-m", "toolkit", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "--on ssh://board" in report["command"] and report["environment"]["measured on"] == "ssh://board"
+    assert any("accuracy" in note and "on this machine" in note for note in report["notes"])
+    assert place.leftovers() == []

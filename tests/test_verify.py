@@ -7,6 +7,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from board import board, needs_sshd
 from safetensors.torch import save_file
 from torch import nn
 
@@ -230,6 +232,27 @@ def test_samples_falsified_with_the_report_do_not_time_again(tool: ModuleType, c
         lambda report: report.update(measured_ns=0.7 * report["measured_ns"], speedup=report["speedup"] / 0.7),
     )
     assert failures(tool, copy, "samples", "timing") == {"timing"}
+
+
+@needs_sshd
+def test_a_run_on_a_board_is_timed_there_again(tool: ModuleType, copy: Path, tmp_path: Path, monkeypatch) -> None:
+    with board(tmp_path / "board") as there:
+        monkeypatch.setenv("EDGEKIT_SSH_CONFIG", str(there.config()))
+        edit(copy, "request.json", lambda request: request.update(on=there.url))
+        found = tool.CHECKS["timing"](tool.Run(copy, argparse.Namespace(time=5.0)))
+        assert re.match(r"pruned/dense on ssh://board is [\d.]+ \+- ", found)
+        edit(copy, "report.json", lambda report: report.update(measured_ns=0.7 * report["measured_ns"]))
+        assert failures(tool, copy, "timing") == {"timing"}
+        assert list(there.tmp.iterdir()) == []
+        monkeypatch.setenv("EDGEKIT_SSH_CONFIG", str(there.config(known_hosts="wrong_hosts")))
+        assert failures(tool, copy, "timing") == {"timing"}
+
+
+@pytest.mark.parametrize("url", ["board", "ssh://-oProxyCommand=touch", "ssh://board; touch x", "ssh://a@b@c", "ssh://board:22:22"])
+def test_an_address_that_is_none_reaches_no_ssh(tool: ModuleType, copy: Path, url: str, monkeypatch) -> None:
+    edit(copy, "request.json", lambda request: request.update(on=url))
+    monkeypatch.setattr(tool.subprocess, "run", lambda *_, **__: pytest.fail("ssh was called"))
+    assert failures(tool, copy, "timing") == {"timing"}
 
 
 def test_a_swapped_artefact(tool: ModuleType, copy: Path) -> None:

@@ -82,6 +82,7 @@ from toolkit.schema import (
 )
 from toolkit.settings import differing
 
+DEMO_SAMPLES = 256  # calibration images of the bundled network, which is small
 QUANTIZING_IMAGES = 256  # that activation ranges are taken of
 Progress = Callable[[str, float, float], None]
 PACKAGES = ("edgekit", "torch", "onnx", "onnxruntime", "openvino", "onnxsim", "numpy", "scipy")
@@ -114,6 +115,7 @@ def demo_request(out: str, budget: Budget, profile: str = "local-onnxruntime", s
         budget=budget,
         profile=profile,
         seed=seed,
+        samples=DEMO_SAMPLES,
     )
 
 
