@@ -248,7 +248,9 @@ def test_a_run_on_a_board_is_timed_there_again(tool: ModuleType, copy: Path, tmp
         assert failures(tool, copy, "timing") == {"timing"}
 
 
-@pytest.mark.parametrize("url", ["board", "ssh://-oProxyCommand=touch", "ssh://board; touch x", "ssh://a@b@c", "ssh://board:22:22"])
+@pytest.mark.parametrize(
+    "url", ["board", "ssh://-oProxyCommand=touch", "ssh://board; touch x", "ssh://a@b@c", "ssh://board:22:22"]
+)
 def test_an_address_that_is_none_reaches_no_ssh(tool: ModuleType, copy: Path, url: str, monkeypatch) -> None:
     edit(copy, "request.json", lambda request: request.update(on=url))
     monkeypatch.setattr(tool.subprocess, "run", lambda *_, **__: pytest.fail("ssh was called"))
