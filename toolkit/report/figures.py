@@ -374,6 +374,14 @@ def _rest(kernels: Sequence[KernelTime]) -> str:
 # --- several networks ------------------------------------------------------------------------------------------------------
 
 
+def _together(points: Sequence[Network]) -> list[tuple[tuple[float, float], list[str]]]:
+    """The names of the networks at every place of latency and quality."""
+    places: dict[tuple[float, float], list[str]] = {}
+    for point in points:
+        places.setdefault((point.latency_ns, 100 * point.quality), []).append(point.name)
+    return list(places.items())
+
+
 def pareto(points: Sequence[Network], quality: str, marked: str = "") -> str:
     """Quality over measured latency, with the 95 % intervals of both; the network named `marked` is ringed."""
     unit, scale = units.time_unit(max(point.latency_ns for point in points))
@@ -393,8 +401,13 @@ def pareto(points: Sequence[Network], quality: str, marked: str = "") -> str:
                 axes.plot(
                     x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=_COLOUR["budget"], markeredgewidth=1.5
                 )
-            axes.annotate(_clean(point.name), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=10)
-        axes.margins(x=0.12, y=0.12)
+        for (x, y), names in _together(points):  # networks that are one and the same share a label
+            axes.annotate(_clean(", ".join(names)), (x / scale, y), xytext=(5, 5), textcoords="offset points", fontsize=10)
+        axes.margins(x=0.12)
+        bounds = [100 * bound for point in points for bound in (point.quality, *point.quality_ci95)]
+        room = max(0.12 * (max(bounds) - min(bounds)), 0.5)  # where nothing differs, half a point
+        axes.set_ylim(min(bounds) - room, max(bounds) + room)
+        axes.set_yticks([tick for tick in axes.get_yticks() if min(bounds) - room <= tick <= min(100, max(bounds) + room)])
         axes.set_xlabel(f"measured latency, {unit}")
         axes.set_ylabel(f"{quality}, %")
 

@@ -52,7 +52,7 @@ def unlike(first: Path, other: Path) -> tuple[str, ...]:
     here, there = (load_json(Manifest, folder / "manifest.json").fingerprint for folder in (first, other))
     for name in DEVICE:
         if getattr(here, name) != getattr(there, name):
-            found.append(f"other {name.replace('_', ' ')}: {getattr(there, name)}, not {getattr(here, name)}")
+            found.append(f"other {name.replace('_', ' ')}: {getattr(there, name) or 'none'}, not {getattr(here, name) or 'none'}")
     a, b = (load_json(Report, folder / "report.json").statistic for folder in (first, other))
     if a != b:
         found.append(f"other statistic: {b}, not {a}")
