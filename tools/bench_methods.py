@@ -196,7 +196,8 @@ def main(arguments: Sequence[str]) -> int:
     for seed in (int(seed) for seed in given.seeds.split(",")):
         for row in given.only.split(","):
             cells.append(cell(given, row, seed))
-            options = {k: v for k, v in vars(given).items() if isinstance(v, str | int | list)}
+            options = {k: v for k, v in vars(given).items() if isinstance(v, str | int | list) and k != "run_from"}
+            options |= {k: Path(str(options[k])).name for k in ("model", "weights", "data", "eval_data", "work")}
             found = {"schema": 1, "options": options, "cells": cells, "rows": summary(cells), "extra": extra}
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(found, indent=1) + "\n")
