@@ -458,7 +458,7 @@ def test_torchvision_networks_are_wholly_prunable_and_cut_exactly(name) -> None:
     torch.manual_seed(0)
     size = 64 if name != "vgg11_bn" else 32
     program = trace(get_model(name, weights=None), example_input((1, 3, size, size)))
-    assert program.prunable_macs_share() == 1.0
+    assert program.prunable_macs_share() == 1.0 and program.prunable_macs_share(()) == 0.0
     assert {g.reason for g in program.groups if not g.prunable} == {"the network's output"}
     plan = random_plan(program, 0)
     sliced = apply(program, plan)

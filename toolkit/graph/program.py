@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -160,11 +160,11 @@ class Program:
         """Multiply-accumulates of convolutions, linears and matrix products for one image."""
         return sum(node_macs(self, n) for n in self.module.graph.nodes)
 
-    def prunable_macs_share(self) -> float:
-        """Share of MACs in operators that a plan can make smaller."""
+    def prunable_macs_share(self, names: Collection[str] | None = None) -> float:
+        """Share of MACs in operators that a plan can make smaller: of all prunable groups, or of those named."""
         free = np.zeros(self.classes, bool)
         for group in self.prunable:
-            free[self.units[group.name]] = True
+            free[self.units[group.name]] = names is None or group.name in names
         for c, atoms in self.atoms.items():
             free[c] = free[list(atoms)].any()
         part = 0

@@ -244,12 +244,13 @@ def above(job: Job, widths: Mapping[str, int], measured: Comparison) -> Floor:
         return Floor(widths, measured.ratio)
     dense_ns = job.exact_ns / job.budget if job.exact_ns else measured.dense.latency_ns
     smallest = measured.ratio_ci95[1] * (1.06 if measured.pruned.valid else UNSURE)
+    free = [name for name, widths in job.candidates.items() if len(widths) > 1]
     named = f"{math.ceil(dense_ns * smallest / 1e3)}us" if job.exact_ns else f"{math.ceil(smallest * 1000) / 1000:.3f}x"
     raise BudgetError(
         f"The budget {job.request.budget.text} is under the floor: with every prunable channel group at its narrowest"
         f" the network still takes {dense_ns * measured.ratio / 1e6:.3f} ms of the dense {dense_ns / 1e6:.3f} ms"
         f" ({measured.ratio:.3f}x, measured);"
-        f" {job.program.prunable_macs_share():.0%} of its multiply-accumulates are prunable.",
+        f" {job.program.prunable_macs_share(free):.0%} of its multiply-accumulates may be pruned.",
         f"The smallest budget that works is --budget {named}.",
         floor_ns=dense_ns * measured.ratio,
         smallest_budget_ns=dense_ns * smallest,
