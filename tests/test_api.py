@@ -45,7 +45,6 @@ def test_the_command_does_its_work_through_the_interface() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documented")
 def test_the_examples_of_the_page_run(documented: tuple[Path, dict[str, Any]]) -> None:
     folder, names = documented
     assert names["report"].measured_ns < names["report"].dense_ns and (folder / "api-pruned" / "pruned.json").exists()

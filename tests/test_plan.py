@@ -208,7 +208,6 @@ def test_the_files_load_without_edgekit_and_say_the_same(applied: tuple[Path, Pr
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documented")
 def test_a_plan_of_a_run_gives_its_widths_again(documented: tuple[Path, dict[str, Any]]) -> None:
     folder, names = documented
     of_run = json.loads((folder / "api-out" / "plan.json").read_text())

@@ -188,7 +188,6 @@ def test_the_page_is_self_contained_and_links_the_points() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documented")
 def test_points_are_whole_runs_that_are_kept_and_can_be_gone_on_from(documented: tuple[Path, dict[str, Any]]) -> None:
     folder, names = documented
     curve, own = names["curve"], names["own"]
