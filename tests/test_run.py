@@ -124,7 +124,9 @@ def test_a_share_is_of_the_dense_network_in_fp32_at_every_precision() -> None:
 def test_a_budget_under_the_floor_is_refused_before_pruning_and_the_smallest_that_is_named_is_met(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
     kept = {"profile": "simulated-cpu", "keep": ("conv1", "stages.0.*")}  # a floor of milliseconds
-    with pytest.raises(BudgetError, match=r"under the floor: .*measured.*; [1-9]\d% of its multiply-accumulates may be") as caught:
+    with pytest.raises(
+        BudgetError, match=r"under the floor: .*measured.*; [1-9]\d% of its multiply-accumulates may be"
+    ) as caught:
         job.run(msgspec.structs.replace(request(tmp_path / "floor", "0.1x"), **kept), quiet)
     assert not (tmp_path / "floor" / "report.json").exists()
     smallest = re.search(r"--budget (\S+)\.$", str(caught.value))
