@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -118,6 +119,42 @@ def job_at(precision_ratio: float | None, budget: float = 0.5) -> loop.Job:
 def test_a_share_is_of_the_dense_network_in_fp32_at_every_precision() -> None:
     assert job_at(None).predicted({"a": 4}) == 0.5
     assert job_at(0.4).predicted({"a": 4}) == 0.2 and job_at(0.4).predicted({"a": 8}) == 0.4
+
+
+@pytest.mark.parametrize(("tightest", "times"), [(0.5, ["glance"]), (0.44, ["glance"]), (0.4, ["glance", "compare"])])
+def test_the_floor_is_timed_as_all_else_only_where_it_matters(tightest: float, times: list[str], tmp_path, monkeypatch) -> None:
+    """Its interval ends at 0.21 of dense: half of any budget from 0.42 on."""
+    done: list[str] = []
+
+    def timed(name: str) -> SimpleNamespace:
+        done.append(name)
+        return SimpleNamespace(ratio_ci95=(0.19, 0.21))
+
+    monkeypatch.setattr(loop, "floor", lambda *_, **__: SimpleNamespace(widths={"a": 1}))
+    monkeypatch.setattr(loop, "floor_state", lambda *_: None)
+    monkeypatch.setattr(loop, "write", lambda *_: ())
+    for name in ("glance", "compare"):
+        monkeypatch.setattr(loop, name, lambda *_, name=name: timed(name))
+    model = SimpleNamespace(costs=lambda: None, overhead_ns=0.0)
+    job = SimpleNamespace(
+        program=SimpleNamespace(groups=()), candidates={}, model=model, memory_limit=lambda: None, folder=tmp_path,
+        progress=quiet, pruned_path=lambda folder: folder,
+    )  # fmt: skip
+    loop.measure_floor(job, tightest)
+    assert done == times
+
+
+@pytest.mark.parametrize(("valid", "named"), [(True, "0.223x"), (False, "0.273x")])
+def test_the_budget_that_is_named_has_room_for_what_the_floor_may_be_off(valid: bool, named: str) -> None:
+    wanted = SimpleNamespace(budget=parse_budget("0.1x"))
+    job = dataclasses.replace(
+        job_at(None, 0.1), request=wanted, candidates={"a": (1, 8), "b": (8,)},
+        program=SimpleNamespace(prunable_macs_share=lambda names: 0.5 if names == ["a"] else 1.0),
+    )  # fmt: skip
+    sides = {"dense": SimpleNamespace(latency_ns=1e6), "pruned": SimpleNamespace(valid=valid)}
+    with pytest.raises(BudgetError, match="; 50% of its multiply-accumulates") as caught:
+        loop.above(job, {"a": 1}, SimpleNamespace(ratio=0.2, ratio_ci95=(0.19, 0.21), **sides))
+    assert caught.value.hint.endswith(f"--budget {named}.")
 
 
 @pytest.mark.slow

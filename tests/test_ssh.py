@@ -682,7 +682,7 @@ def test_an_engine_for_a_device_is_left_to_its_own_tool(network: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.timed
 def test_a_run_on_a_board_is_a_run(place: Board, tmp_path: Path, shared_cache: Path) -> None:
-    """From the same table as a run here."""
+    """With the table of runs here, where there are some; tools/bench_ssh.py --run holds its plan against theirs."""
     from toolkit.demo import data_path, eval_path
 
     words = ["run", "demo", "--data", str(data_path()), "--eval-data", str(eval_path()), "--budget", "0.6x", "--samples", "96"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from toolkit import api
 from toolkit import report as reports
 from toolkit.budget import parse_budget
 from toolkit.errors import UsageError
+from toolkit.report import figures
 from toolkit.run.loop import AIM, Rung, rounds_asked, rung_for
 from toolkit.run.pareto import front, knee
 from toolkit.run.sweep import finished, folder_of, knee_of, requests_of, restored, same
@@ -175,6 +177,17 @@ def test_the_line_names_what_was_not_met() -> None:
     bad = [*fine, point("0.4x", 0.7, (-0.2, -0.1), valid=False), point("0.3x", 0.7, (-0.2, -0.1), verdict="missed"), REFUSED]
     line = reports.sweep_line(swept(*bad, verdict="missed", knee=""))
     assert line == "MISSED  2 of 5 budgets; missed: 0.3x; refused: 0.01x; not valid: 0.4x"
+
+
+def test_the_curve_has_no_accuracy_above_a_hundred_and_one_label_for_one_network() -> None:
+    def at(name: str, latency_ns: float, quality: float) -> figures.Network:
+        return figures.Network(name, latency_ns, (latency_ns, latency_ns), quality, (quality, min(1.0, quality + 0.01)))
+
+    drawn = figures.pareto([at("a", 2e6, 0.995), at("b", 2e6, 0.995), at("c", 3e6, 1.0)], "top-1")
+    words = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
+    assert "a, b" in words and "c" in words and not {"a", "b"} & set(words)
+    numbers = [float(word) for word in words if re.fullmatch(r"[\d.]+", word)]
+    assert 99.5 <= max(numbers) <= 100
 
 
 def test_the_page_is_self_contained_and_links_the_points() -> None:

@@ -241,11 +241,28 @@ def test_a_run_on_a_board_is_timed_there_again(tool: ModuleType, copy: Path, tmp
         edit(copy, "request.json", lambda request: request.update(on=there.url))
         found = tool.CHECKS["timing"](tool.Run(copy, argparse.Namespace(time=5.0)))
         assert re.match(r"pruned/dense on ssh://board is [\d.]+ \+- ", found)
-        edit(copy, "report.json", lambda report: report.update(measured_ns=0.7 * report["measured_ns"]))
-        assert failures(tool, copy, "timing") == {"timing"}
         assert list(there.tmp.iterdir()) == []
         monkeypatch.setenv("EDGEKIT_SSH_CONFIG", str(there.config(known_hosts="wrong_hosts")))
+        with pytest.raises(tool.Problem, match="the board of the run cannot be used: Host key verification failed"):
+            tool.CHECKS["timing"](tool.Run(copy, argparse.Namespace(time=5.0)))
+        monkeypatch.setenv("EDGEKIT_SSH_CONFIG", str(there.config()))
+        edit(copy, "report.json", lambda report: report.update(measured_ns=0.7 * report["measured_ns"]))
         assert failures(tool, copy, "timing") == {"timing"}
+
+
+@needs_sshd
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "-x", "a b", "a;b"])
+def test_no_file_from_outside_the_run_goes_to_a_board(
+    tool: ModuleType, copy: Path, tmp_path: Path, name: str, monkeypatch
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    edit(copy, "request.json", lambda request: request.update(on="ssh://board"))
+    edit(copy, "manifest.json", lambda manifest: manifest["artefacts"][1]["companions"].append([name, ""]))
+    with board(tmp_path / "board") as there:
+        monkeypatch.setenv("EDGEKIT_SSH_CONFIG", str(there.config()))
+        with pytest.raises(tool.Problem, match="is no file of the run's folder that a board is sent"):
+            tool.CHECKS["timing"](tool.Run(copy, argparse.Namespace(time=5.0)))
+        assert list(there.tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ from toolkit.schema import Artefact, Comparison, Iteration, ModuleGraph, Quantiz
 
 AIM, LOWEST, HIGHEST = 0.975, 0.95, 1.0
 MAX_ITERATIONS = 4
-GLANCE_S = 5.0
+GLANCE_S = 5.0  # of timing the floor's network, where nothing depends on its last per cents
 UNSTEADY = 0.08  # relative, how far the dense latency may be off the run's first before a session is repeated
 NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
-UNSURE = 1.3  # what a floor whose measurement is not valid may be off
+UNSURE = 1.3  # what a floor whose measurement is not valid may be off, generously
 EFFECT_PASSES = 20.0
 PROGRESSIVE_ROUNDS = 5  # of C-SWAP, and at most of pruning without a budget
 REFINEMENTS, HOLDS = 3, 0.02  # proposals measured before one is believed; relative, how far a measurement may be off a promise
