@@ -24,6 +24,7 @@ PARTS = st.tuples(st.lists(parts(["plain"]), max_size=1), st.lists(parts(PIECES)
 RECIPES = st.builds(Recipe, st.sampled_from(SIZES), PARTS, parts(HEADS), st.integers(0, 99))
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(RECIPES)
 def test_a_few_random_networks_are_cut_exactly(recipe) -> None:

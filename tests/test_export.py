@@ -152,6 +152,7 @@ def test_files_that_cannot_be_used_are_named_and_leave_nothing(tmp_path: Path) -
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_large_model_keeps_its_weights_beside_it_and_is_not_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of protobuf, lowered: everything above it is one path."""
     for module in (onnx_, sys.modules["toolkit.export.precision"]):
@@ -283,6 +284,7 @@ def test_probabilities_are_taken_as_they_are_and_scores_as_their_logarithms() ->
     assert expected_drop(shuffled, p) > 30
 
 
+@pytest.mark.slow
 def test_a_drop_that_only_float_keeps_is_an_answer_and_not_a_file() -> None:
     with pytest.raises(ModelError, match="No choice of layers in int8"):
         to_int8(exported(Fragile), how(images(64), max_drop=-1.0), quiet)

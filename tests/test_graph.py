@@ -441,6 +441,7 @@ class Composed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=6), st.integers(0, 2**16))
 def test_random_compositions_are_cut_exactly(pieces, seed) -> None:

@@ -209,6 +209,7 @@ def test_only_the_command_prints_or_exits() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_no_file_can_bring_code_along() -> None:
     assert not calls_named("eval", "exec", *(f"{name}." for name in PICKLES))
     assert not [call for _, call in calls_named("torch.load") if "weights_only=True" not in call]

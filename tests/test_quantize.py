@@ -127,6 +127,7 @@ def test_symmetric_ranges_are_symmetric(seed: int) -> None:
     assert low == -high
 
 
+@pytest.mark.slow
 def test_ranges_do_not_depend_on_how_images_are_batched() -> None:
     ready = calibration.prepared(exported(Block))
     first = calibration.observe(ready, singly(images()), RECIPES["onnxruntime"])
@@ -202,6 +203,7 @@ def test_integers_are_what_runs(tmp_path: Any) -> None:
         assert not kernels["Conv"] + kernels["Gemm"]
 
 
+@pytest.mark.slow
 def test_an_activation_that_never_varies_is_no_fault() -> None:
     model = Block()
     nn.init.zeros_(model.first.weight)

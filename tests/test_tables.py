@@ -220,11 +220,13 @@ def test_the_steps_of_the_law_are_probed_and_their_evidence_kept(law_model: Late
     assert {regime.regime for regime in found.regimes} >= {"below", "blocked"} and found.regimes[0].kernels[0][0] == "k"
 
 
+@pytest.mark.slow
 def test_noise_of_two_percent_does_not_grow() -> None:
     model = fit_model(law_samples(noise=0.02), LAW_SITES)
     assert float(np.mean([abs(model.predict(widths) / law_latency(widths) - 1) for widths in random_widths(2)])) < 0.02
 
 
+@pytest.mark.slow
 def test_dropped_branches_are_learned_from_measured_ones(law_model: LatencyModel) -> None:
     site = LAW_SITES[1]
     assert law_model.site_cost(site, 0, 16) == law_model.site_cost(site, 16, 0) == 0.0
@@ -271,6 +273,7 @@ def test_candidates_move_to_the_far_edge_of_a_step(law_model: LatencyModel) -> N
 # --- files ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_survive_a_file_and_give_the_same_model(tmp_path: Path, law_model: LatencyModel) -> None:
     written = save_samples(tmp_path, law_samples())
     again = load_samples(tmp_path, FINGERPRINT)

@@ -286,6 +286,7 @@ def test_the_rate_rises_then_falls_to_zero_over_all_parts_of_the_schedule() -> N
     assert max(rates) == pytest.approx(how.lr) and rates[-1] < 0.01 * how.lr
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_plan_and_weights_are_those_of_a_whole_run(tmp_path) -> None:
     wanted = resumable.digest(*finished(tmp_path / "whole"))
     command = [sys.executable, str(Path(__file__).parent / "resumable.py"), str(tmp_path / "killed")]
