@@ -6,6 +6,7 @@ import functools
 import hashlib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ from torch import nn
 
 from toolkit.graph import Program, apply, trace
 from toolkit.schema import Psap, Training
-from toolkit.train import Course, Pruning, Samples, goal, strongest, train, trainable, with_weights
+from toolkit.train import Course, Pruning, Samples, by_ratio, filters_of, goal, strongest, train, trainable, with_weights
 
 HOW = Training(batch=8, lr=0.05, checkpoint_steps=3, augment="crop+flip", warmup=2)
 
@@ -63,9 +64,13 @@ def finished(folder: Path, pause_s: float = 0.0) -> tuple[dict[str, int], dict[s
     dense, data = traced(), samples()
     candidates = {"stem": (2, 4, 6, 8), "first": (3, 6, 9, 12)}
     full = sum(g.width for g in dense.groups)
-    pruning = Pruning.of(
-        dense, candidates, Psap(steps=6), 24, lambda w, part: sum(w[g.name] for g in dense.groups) <= full * (1 - 0.4 * part)
-    )
+    filters = filters_of(dense, list(candidates))
+
+    def deal(module: nn.Module, part: float) -> Mapping[str, int] | None:
+        widths = {g.name: g.width for g in dense.groups}
+        return by_ratio(module, filters, candidates, widths, False, lambda w: sum(w.values()) <= full * (1 - 0.4 * part))
+
+    pruning = Pruning(dense, Psap(steps=6), 24, filters, deal)
 
     def progress(step: str, done: float, total: float) -> None:
         time.sleep(pause_s)
@@ -78,7 +83,7 @@ def finished(folder: Path, pause_s: float = 0.0) -> tuple[dict[str, int], dict[s
         seed=3, folder=folder, fingerprint="this", progress=progress, before=before, mend=mend,
     )  # fmt: skip
     learned = with_weights(dense, soft.state)
-    widths = pruning.widest(learned.module, lambda w: pruning.fits(w, 1.0))
+    widths = pruning.deal(learned.module, 1.0)
     assert widths is not None
     kept = strongest(learned.module, pruning.filters, pruning.full, widths)
     small = apply(learned, kept)
@@ -87,7 +92,7 @@ def finished(folder: Path, pause_s: float = 0.0) -> tuple[dict[str, int], dict[s
         trainable(small, features=aim.features), aim, data, HOW, Course("recovery", 24, 24, 48),
         seed=3, folder=folder, fingerprint="this", progress=progress,
     )  # fmt: skip
-    return widths, last.state
+    return dict(widths), last.state
 
 
 def without_features(how: Training) -> Training:

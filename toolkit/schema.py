@@ -84,9 +84,9 @@ class Psap(Record, frozen=True, kw_only=True):
     """PSAP's own choices."""
 
     epochs: Annotated[int, msgspec.Meta(ge=1)] = 10  # in all
-    soft: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # share of them with soft masks, before surgery
+    soft: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25  # share of them with soft masks, before surgery
     steps: Annotated[int, msgspec.Meta(ge=1)] = 20  # times that the masks are chosen anew
-    ratios: Literal["sparsity", "uniform"] = "sparsity"  # how pruning is dealt to the layers
+    ratios: Literal["sparsity", "threshold", "uniform"] = "sparsity"  # how pruning is dealt to the layers
     protect: bool = True  # keep gradients from shrinking filters that are not masked
     scratch: bool = False  # begin with random weights
 

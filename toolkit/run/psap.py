@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from toolkit.errors import BudgetError
 from toolkit.graph import Program
-from toolkit.prune.allocate import Allocation, memory_bytes
+from toolkit.prune.allocate import Allocation, allocate, memory_bytes
 from toolkit.prune.pruner import Cut, Scores, State, cut
 from toolkit.run import loop
 from toolkit.run.training import Trainer, resumed, trainer_of
 from toolkit.schema import Iteration, save_json
-from toolkit.train import Course, Pruning, Trained, filters_of, goal, protect_all, reinitialised, strongest, with_weights
+from toolkit.train import (
+    Course,
+    Filters,
+    Pruning,
+    Trained,
+    by_ratio,
+    filters_of,
+    goal,
+    losses,
+    protect_all,
+    reinitialised,
+    strongest,
+    with_weights,
+)
 
 
 def psap(job: loop.Job) -> loop.Outcome:
@@ -28,7 +43,8 @@ def psap(job: loop.Job) -> loop.Outcome:
     total = choices.epochs * trainer.per_epoch
     soft = round(choices.soft * total)
     begin = with_weights(dense, reinitialised(dense, job.request.seed)) if choices.scratch else dense
-    pruning = Pruning.of(begin, job.candidates, choices, soft, lambda widths, part: fits(job, widths, target(job, part)))
+    filters = filters_of(begin, list(job.candidates))
+    pruning = Pruning(begin, choices, soft, filters, lambda module, part: dealt(job, filters, module, target(job, part)))
     courses: list[tuple[Course, Trained]] = []
     before, mend = pruning.hooks()
     program = begin
@@ -69,10 +85,28 @@ def target(job: loop.Job, part: float) -> float:
     return float(job.base * (aim / job.base) ** part)
 
 
-def fits(job: loop.Job, widths: Mapping[str, int], share: float) -> bool:
-    """Whether these widths are predicted to take at most this share of the dense latency, and the memory that is left them."""
-    limit = job.memory_limit()
-    return job.predicted(widths) <= share and (limit is None or memory_bytes(limit, widths) <= limit.limit_bytes)
+def dealt(
+    job: loop.Job, filters: Mapping[str, tuple[Filters, ...]], module: torch.nn.Module, share: float
+) -> dict[str, int] | None:
+    """Widths of a network with these weights that are predicted to take this share of the dense latency, and the memory that is
+    left them; None where there are none.
+    """
+    ratios, limit, full = job.request.psap.ratios, job.memory_limit(), job.dense_widths
+    if ratios == "sparsity":
+        lost = losses(module, filters, job.candidates, full, pruned=min(1.0, max(0.0, 1 - share / job.base)))
+        budget_ns = share / job.base * job.model.predict(full)
+        try:
+            found = allocate(
+                job.program.groups, job.candidates, lost, job.model.costs(), job.model.overhead_ns, budget_ns, memory=limit
+            )
+        except BudgetError:
+            return None
+        return found.widths
+
+    def fits(widths: Mapping[str, int]) -> bool:
+        return job.predicted(widths) <= share and (limit is None or memory_bytes(limit, widths) <= limit.limit_bytes)
+
+    return by_ratio(module, filters, job.candidates, full, ratios == "uniform", fits)
 
 
 def narrowed(
@@ -109,10 +143,9 @@ def settled(job: loop.Job, pruning: Pruning, program: Program, share: float) -> 
     """Widths for a share of the dense latency, measured for the table until it holds there."""
     widths: dict[str, int] = {}
     for _ in range(loop.REFINEMENTS):
-        found = pruning.widest(program.module, lambda w: fits(job, w, share))
-        found = found or pruning.widest(program.module, lambda w: fits(job, w, share), drop=True)
+        found = dealt(job, pruning.filters, program.module, share)
         if found is None:
-            raise unreachable(job, pruning)
+            raise unreachable(job)
         widths = found
         promised = job.model.predict(widths)
         if abs(loop.refine(job, widths) / promised - 1) <= loop.HOLDS:
@@ -120,9 +153,9 @@ def settled(job: loop.Job, pruning: Pruning, program: Program, share: float) -> 
     return Allocation(widths, job.model.predict(widths), 0.0, 0.0)
 
 
-def unreachable(job: loop.Job, pruning: Pruning) -> BudgetError:
-    """No ratios meet the budget by the table."""
-    least = {**pruning.full, **{name: min(widths) for name, widths in pruning.droppable.items()}}
+def unreachable(job: loop.Job) -> BudgetError:
+    """No widths meet the budget by the table."""
+    least = {**job.dense_widths, **{name: min(widths) for name, widths in job.candidates.items()}}
     floor_ns = job.predicted(least) * job.dense_ns
     return BudgetError(
         f"PSAP's ratios lead to {floor_ns / 1e6:.4g} ms at the least, of the dense {job.dense_ns / 1e6:.4g} ms.",

@@ -90,18 +90,16 @@ def train_norm(module: GraphModule, node: Node, frozen: bool) -> None:
 
 
 def add_mask(module: GraphModule, consumer: Node, axis: int, name: str, shape: Sequence[int]) -> None:
-    """Put a mask, at first all ones, between a consumer and its input."""
+    """Put a mask, at first all ones, between a consumer and its input.
+
+    No gradient passes what is masked: the layers before it would learn to please filters that nobody hears.
+    """
     axis %= len(shape)
     module.register_buffer(name, torch.ones([n if d == axis else 1 for d, n in enumerate(shape)]))
     with module.graph.inserting_before(consumer):
         mask = module.graph.get_attr(name)
-        masked = module.graph.call_function(straight_through, (consumer.args[0], mask))
+        masked = module.graph.call_function(operator.mul, (consumer.args[0], mask))
     consumer.args = (masked, *consumer.args[1:])
-
-
-def straight_through(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x times a mask of zeros and ones; its gradient passes as if the mask were not there, so that what is masked learns on."""
-    return x + (x * (mask - 1)).detach()
 
 
 def masked_inputs(program: Program, groups: Sequence[str]) -> dict[str, int]:

@@ -1,14 +1,24 @@
 """PSAP: how much of each layer goes, which filters, and what keeps the others from being worn down.
 
 The paper (Li and Zhao, arXiv 2303.11881) was not available beyond its abstract; this is a reconstruction. Before each pruning
-step a threshold t on all weights gives every layer its own sparsity ratio
+step a threshold t gives every layer its own sparsity ratio,
 
     s_l(t) = share of the weights of layer l with |w| < t
 
-and that ratio is the share of its filters that goes. t is solved for, so that the predicted latency is what the schedule has
-there. In a layer, or in several whose channels must go together, filters of least norm go. Masks are soft: masked filters reach
-nobody, but learn on and are chosen anew at the next step. The gradient g of a filter w that is not masked loses the part that
-would shrink it,
+and the layers' ratios follow it. By `threshold` and `uniform`, s_l itself or one number for all is the share of a layer's filters
+that goes, with t solved for so that the predicted latency is what the schedule has there. A latency table knows more: that a
+filter of one layer buys more time than one of another, and a whole branch more than its filters one by one. So by `sparsity`
+widths are those of least
+
+    sum_l (1 - s_l(t)) * (share of layer l's |w|^2 in the filters that go, the least ones first)
+
+within the latency that the schedule has there: filters go where there is least in them, and rather where weights are sparse.
+There |w| is relative to its layer's root mean square, as a norm behind a layer makes its scale mean nothing, and t is the
+quantile of all weights at the share of the latency that is to go.
+
+In a layer, or in several whose channels must go together, filters of least norm go. Masks are soft: masked filters
+reach nobody and learn nothing, but stay what they are and may be back at the next step. The gradient g of a filter w that is not
+masked loses the part that would shrink it,
 
     g <- g - max(0, <w, g>) / |w|^2 w
 """
@@ -35,6 +45,7 @@ from toolkit.train.network import masked_inputs, set_masks
 Array = np.ndarray[Any, Any]
 Widths = Mapping[str, int]
 THRESHOLDS = 4096  # among which one is solved for
+TINY = 1e-30  # instead of dividing by the nothing of a layer whose weights are all zero
 ALIVE = "edgekit_alive_"  # before the number of a group among the buffers
 
 
@@ -84,7 +95,39 @@ def norms(module: torch.nn.Module, group: Sequence[Filters], width: int) -> Arra
     return found
 
 
-# --- how much of each layer goes ------------------------------------------------------------------------------------------
+# --- how much of each layer goes: by the latency table ---------------------------------------------------------------------
+
+
+def losses(
+    module: torch.nn.Module,
+    filters: Mapping[str, Sequence[Filters]],
+    candidates: Mapping[str, Sequence[int]],
+    full: Widths,
+    pruned: float,
+) -> dict[str, dict[int, float]]:
+    """What each width of each group costs: the share of its squared weights that goes, times what is not sparse in the group.
+
+    Args:
+        pruned: share of all relative weights that are under the threshold, between 0 and 1.
+    """
+    relative = {name: scaled(magnitudes(module, group)) for name, group in filters.items()}
+    threshold = float(np.quantile(np.concatenate(list(relative.values())), pruned)) if relative else 0.0
+    found = {}
+    for name, group in filters.items():
+        squares = np.sort(norms(module, group, full[name]) ** 2)
+        gone = np.concatenate([[0.0], np.cumsum(squares)]) / max(float(squares.sum()), TINY)
+        dense = 1 - sparsity(relative[name], threshold)
+        found[name] = {width: dense * float(gone[full[name] - width]) for width in candidates[name]}
+    return found
+
+
+def scaled(ascending: Array) -> Array:
+    """Magnitudes relative to their root mean square."""
+    found: Array = ascending / max(float(np.sqrt(np.square(ascending, dtype=np.float64).mean())), TINY)
+    return found
+
+
+# --- how much of each layer goes: a ratio for each ---------------------------------------------------------------------------
 
 
 def sparsity(ascending: Array, threshold: float) -> float:
@@ -158,6 +201,20 @@ def dealt(dealer: Dealer, fits: Callable[[Widths], bool]) -> dict[str, int] | No
     return widths
 
 
+def by_ratio(
+    module: torch.nn.Module,
+    filters: Mapping[str, Sequence[Filters]],
+    candidates: Mapping[str, Sequence[int]],
+    full: Widths,
+    uniform: bool,
+    fits: Callable[[Widths], bool],
+) -> dict[str, int] | None:
+    """Widths that fit, by ratios of the weights as they are; whole branches go only where nothing fits otherwise."""
+    ascending = None if uniform else {name: magnitudes(module, group) for name, group in filters.items()}
+    positive = {name: tuple(w for w in widths if w > 0) for name, widths in candidates.items()}
+    return dealt(Dealer(full, positive, ascending), fits) or dealt(Dealer(full, candidates, ascending), fits)
+
+
 def strongest(
     module: torch.nn.Module, filters: Mapping[str, Sequence[Filters]], full: Widths, widths: Widths
 ) -> dict[str, list[int]]:
@@ -178,30 +235,15 @@ class Pruning:
     """The soft phase on one program: what its hooks need, and nothing that changes.
 
     Attributes:
-        fits: whether widths are as fast as the schedule wants at a point between 0 and 1 of the way.
         steps: of training in the soft phase.
+        deal: widths for the weights as they are at a point between 0 and 1 of the way; None where none are fast enough.
     """
 
     program: Program
-    candidates: Mapping[str, Sequence[int]]
     choices: Psap
     steps: int
-    fits: Callable[[Widths, float], bool]
     filters: Mapping[str, tuple[Filters, ...]]
-    droppable: Mapping[str, Sequence[int]]  # the candidates with 0 among them where a whole branch may go
-
-    @classmethod
-    def of(
-        cls,
-        program: Program,
-        candidates: Mapping[str, Sequence[int]],
-        choices: Psap,
-        steps: int,
-        fits: Callable[[Widths, float], bool],
-    ) -> Pruning:
-        """Masks keep every branch: while they are soft, no group has width 0."""
-        positive = {name: tuple(w for w in widths if w > 0) for name, widths in candidates.items()}
-        return cls(program, positive, choices, steps, fits, filters_of(program, list(positive)), dict(candidates))
+    deal: Callable[[torch.nn.Module, float], Widths | None]
 
     @property
     def full(self) -> dict[str, int]:
@@ -209,17 +251,12 @@ class Pruning:
 
     @property
     def masks(self) -> dict[str, int]:
-        return masked_inputs(self.program, list(self.candidates))
+        return masked_inputs(self.program, list(self.filters))
 
     def prepare(self, module: GraphModule) -> None:
         """Give the module room to remember which channels are not masked."""
-        for i, name in enumerate(self.candidates):
+        for i, name in enumerate(self.filters):
             module.register_buffer(f"{ALIVE}{i}", torch.ones(self.full[name], dtype=torch.bool))
-
-    def dealer(self, module: torch.nn.Module, drop: bool = False) -> Dealer:
-        by_layer = {name: magnitudes(module, group) for name, group in self.filters.items()}
-        candidates = self.droppable if drop else self.candidates
-        return Dealer(self.full, candidates, by_layer if self.choices.ratios == "sparsity" else None)
 
     def at(self, step: int) -> int | None:
         """Which of the pruning steps, from 1, comes before a step of training; None where none does."""
@@ -227,25 +264,20 @@ class Pruning:
         begins = [k * self.steps // count for k in range(count)]
         return begins.index(step) + 1 if step in begins else None
 
-    def widest(self, module: torch.nn.Module, fits: Callable[[Widths], bool], drop: bool = False) -> dict[str, int] | None:
-        """The widest widths that fit, dealt by the weights as they are now; with `drop` whole branches may go."""
-        return dealt(self.dealer(module, drop), fits)
-
     def remask(self, module: GraphModule, step: int) -> None:
         """The hook before each step of training: where it is one of pruning, masks are chosen anew."""
         number = self.at(step)
         if number is None:
             return
-        part = number / min(self.choices.steps, self.steps)
-        widths = self.widest(module, lambda widths: self.fits(widths, part))
+        widths = self.deal(module, number / min(self.choices.steps, self.steps))
         if widths is None:
             return
         kept = strongest(module, self.filters, self.full, widths)
         set_masks(self.program, module, self.masks, kept)
-        for i, name in enumerate(self.candidates):
+        for i, name in enumerate(self.filters):
             alive = module.get_buffer(f"{ALIVE}{i}")
             alive.zero_()
-            alive[torch.tensor(kept.get(name, range(self.full[name])))] = True
+            alive[torch.tensor(kept.get(name, range(self.full[name])), dtype=torch.long)] = True
 
     def hooks(self) -> tuple[Hook, Hook | None]:
         """(before each step, once the gradients are there)."""
