@@ -28,8 +28,9 @@ from toolkit.graph.modular import (
     unblocked,
 )
 from toolkit.prune.consumers import consumer
-from toolkit.prune.engine import Engine
+from toolkit.prune.engine import Engine, cache
 from toolkit.prune.modules import (
+    Coupling,
     Couplings,
     block_saliency,
     cluster,
@@ -39,11 +40,15 @@ from toolkit.prune.modules import (
     modular_cut,
     module_effects,
     module_links,
+    powers,
     refined,
     restricted,
     sparse_between,
 )
-from toolkit.prune.pruner import Cut, State, cut
+from toolkit.prune.order import ridge_for
+from toolkit.prune.positions import position_importance
+from toolkit.prune.pruner import CACHE_BYTES, Cut, State, cut
+from toolkit.prune.responses import gram
 from toolkit.run import run
 from toolkit.schema import ModuleGraph, Plan, Preprocess, RunRequest, load_json
 
@@ -220,17 +225,26 @@ def test_planted_modules_are_found_and_a_seed_is_repeated() -> None:
     assert cluster(graph, count, "spectral", 3) == found
 
 
-def test_couplings_are_those_of_the_weights_and_activations() -> None:
+def test_couplings_are_those_of_the_weights_the_activations_or_the_saliencies() -> None:
     program = traced(Vgg)
     images = torch.randn(6, 3, 8, 8)
     groups = eligible(program, 2)
-    by_weight, weighed = couplings(program, groups, None), couplings(program, groups, images)
+    kinds: tuple[Coupling, ...] = ("weights", "activations", "saliency")
+    by_weight, weighed, salient = (couplings(program, groups, images, kind) for kind in kinds)
     assert set(by_weight.by_operator) == {"conv2d_1", "conv2d_3", "linear"}
     weight = Engine.of(program).params["features.4.weight"].double()
     expected = weight.square().sum((2, 3))
     assert np.allclose(by_weight.by_operator["conv2d_1"], expected / expected.sum())
     assert weighed.matrix.sum() == pytest.approx(2 * len(weighed.by_operator))
-    assert not np.allclose(by_weight.by_operator["conv2d_1"], weighed.by_operator["conv2d_1"])
+    power = powers(program, ["conv2d_1"], images)["conv2d_1"]
+    assert np.allclose(weighed.by_operator["conv2d_1"], (expected * power) / (expected * power).sum())
+    engine = Engine.of(program)
+    fit, c = cache(engine, images, CACHE_BYTES), consumer(program, program.nodes["conv2d_1"])
+    assert c is not None
+    moments = gram(fit, c, position_importance(engine, images))
+    wanted = block_saliency(weight.flatten(1).numpy(), moments.matrix.numpy(), 9, ridge_for(c.columns, moments.rows))
+    assert np.allclose(salient.by_operator["conv2d_1"], wanted / wanted.sum())
+    assert salient.matrix.sum() == pytest.approx(2 * len(salient.by_operator))
 
 
 # --- saliency, least squares ------------------------------------------------------------------------------------------------

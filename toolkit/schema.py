@@ -95,7 +95,7 @@ class Crespr(Record, frozen=True, kw_only=True):
     """CRESPR's own choices."""
 
     modules: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # 0: chosen on measured latency
-    coupling: Literal["activations", "weights"] = "activations"  # what connections are weighed by
+    coupling: Literal["saliency", "activations", "weights"] = "saliency"  # what connections are weighed by
     clustering: Literal["spectral", "random"] = "spectral"  # random: for comparison
 
 

@@ -8,7 +8,7 @@ Every operator that can be is made of so many modules that the density of these 
 1/4, 1/8, 1/16 can be deployed; the record says which it became). Compared at that density, with PyTorch on the evaluation images:
 joint clusters, random clusters (a row a seed, the same repair), and connections kept by magnitude wherever they are, as they are
 and solved again by least squares operator by operator. The grouped form is held against the masked one in float64, and timed
-beside the dense network, interleaved, in every runtime given.
+beside the dense network, interleaved, in every runtime given. Started again with the same -o, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def in_clusters(
     program: Program, images: Images, count: int, names: list[str], how: Any, seed: int, repair: bool
 ) -> Cut:  # fmt: skip
     return modular_cut(
-        program, Cut(State(program), 0.0, None), count, names, images.calibration, coupling="activations", how=how,
+        program, Cut(State(program), 0.0, None), count, names, images.calibration, coupling="saliency", how=how,
         repair_=repair, seed=seed, progress=quiet,
     )  # fmt: skip
 
@@ -142,15 +142,27 @@ def main() -> int:
         "accuracy_dense": top1(program, images), "rows": [], "speed": [],
     }  # fmt: skip
 
-    def row(what: str, seed: int | None, accuracy: float, **more: Any) -> None:
-        record["rows"].append({"what": what, "seed": seed, "accuracy": accuracy, **more})
+    if given.output.exists():
+        before = json.loads(given.output.read_text())
+        if all(before.get(key) == record[key] for key in record if key not in ("rows", "speed")):
+            record |= {key: before[key] for key in ("rows", "speed")}
+
+    def save() -> None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    def known(what: str, seed: int | None = None) -> bool:
+        return any((each["what"], each["seed"]) == (what, seed) for each in record["rows"])
+
+    def row(what: str, seed: int | None, accuracy: float, **more: Any) -> None:
+        record["rows"].append({"what": what, "seed": seed, "accuracy": accuracy, **more})
+        save()
         print(f"{what} {'' if seed is None else seed}: {accuracy:.4f}", file=sys.stderr, flush=True)
 
-    modular = None
     for how in ("spectral", "random"):
         for seed in range(given.seeds):
+            if known(f"{how} clusters", seed):
+                continue
             started = time.monotonic()
             done = in_clusters(program, images, count, names, how, seed, True)
             assert done.form is not None and done.repaired is not None
@@ -160,15 +172,18 @@ def main() -> int:
                 "wall_s": round(time.monotonic() - started, 1),
             }
             row(f"{how} clusters", seed, top1(done.state.program, images), **told)
-            modular = modular or done.state.program
-    raw, solved = by_magnitude(program, images, names, 1 / count)
-    row("magnitude, anywhere, as it is", None, top1(raw, images))
-    row("magnitude, anywhere, solved again", None, top1(solved, images))
-    assert modular is not None
-    for profile_id in given.profiles or []:
-        record["speed"].append(timed(program, modular, profile_id))
-        print(f"{profile_id}: {record['speed'][-1]['speedup']:.2f}x", file=sys.stderr, flush=True)
-    given.output.write_text(json.dumps(record, indent=1) + "\n")
+    whats = [f"magnitude, anywhere, {how}" for how in ("as it is", "solved again")]
+    if not all(known(what) for what in whats):
+        for what, found in zip(whats, by_magnitude(program, images, names, 1 / count), strict=True):
+            if not known(what):
+                row(what, None, top1(found, images))
+    timed_already = {each["profile"] for each in record["speed"]}
+    if wanted := [each for each in given.profiles or [] if each not in timed_already]:
+        modular = in_clusters(program, images, count, names, "spectral", 0, False).state.program
+        for profile_id in wanted:
+            record["speed"].append(timed(program, modular, profile_id))
+            save()
+            print(f"{profile_id}: {record['speed'][-1]['speedup']:.2f}x", file=sys.stderr, flush=True)
     return 0
 
 

@@ -2,13 +2,14 @@
 
 Channels of groups are the nodes of a graph; unit u of one group and unit v of another are coupled by the operators between them,
 
-    S_uv = sum over operators, kernel entries of |W[v, u]|^2 E[a_u^2]   (each operator's total is scaled to 1)
+    S_uv = sum over operators of what v loses without u once its other inputs made up for it (each operator's total is 1)
 
-with a_u the channel's calibration activations, or by the weights alone. Every unit gets one of k modules, every group equal
-shares (equal grouped convolutions need them), so that the coupling inside modules is as large as can be found. That is NP-hard; a
-spectral embedding of the normalised graph gives a start. Groups are then taken in turn: with all others fixed the best equal
-split of one group's units is an assignment problem, solved exactly; pairs of units are swapped where that gains. No step lowers
-the coupling inside, so it ends. The best of several starts is kept.
+which is its saliency to the second order (`block_saliency`). Simpler ones are |W[v, u]|^2 E[a_u^2] with a_u the channel's
+calibration activations, and |W[v, u]|^2. Every unit gets one of k modules, every group equal shares (equal grouped convolutions
+need them), so that the coupling inside modules is as large as can be found. That is NP-hard; a spectral embedding of the
+normalised graph gives a start. Groups are then taken in turn: with all others fixed the best equal split of one group's units is
+an assignment problem, solved exactly; pairs of units are swapped where that gains. No step lowers the coupling inside, so it
+ends. The best of several starts is kept.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from toolkit.schema import ChannelGroup, ModuleEffect, ModuleGraph, ModuleLink, 
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Modules: TypeAlias = dict[str, tuple[int, ...]]
-Coupling = Literal["activations", "weights"]
+Coupling = Literal["saliency", "activations", "weights"]
 Clustering = Literal["spectral", "random"]
 Progress = Callable[[str, float, float], None]
 
@@ -115,9 +116,13 @@ def powers(program: Program, names: Sequence[str], images: torch.Tensor) -> dict
 
 
 def couplings(
-    program: Program, groups: Sequence[ChannelGroup], images: torch.Tensor | None, chosen: Sequence[str] | None = None
+    program: Program,
+    groups: Sequence[ChannelGroup],
+    images: torch.Tensor,
+    coupling: Coupling = "saliency",
+    chosen: Sequence[str] | None = None,
 ) -> Couplings:
-    """Couplings of these groups' channels through the chosen operators (None: all); by the weights alone without images."""
+    """Couplings of these groups' channels through the chosen operators (None: all)."""
     names = tuple(g.name for g in groups)
     widths = tuple(g.width for g in groups)
     start = dict(zip(names, np.concatenate([[0], np.cumsum(widths)]).tolist(), strict=False))
@@ -127,16 +132,12 @@ def couplings(
         if n.name in program.mixings and not refusal(program, n) and (chosen is None or n.name in chosen)
     ]
     operators = [name for name in operators if all(None not in units(program, name, axis, start) for axis in (0, 1))]
-    power = powers(program, operators, images) if images is not None and operators else {}
-    engine = Engine.of(program)
+    strengths = strengths_of(program, operators, images, coupling)
     total = sum(widths)
     found: dict[str, Array] = {}
     rows, columns, values = [], [], []
     for name in operators:
-        weight = engine.params[str(operand(program.nodes[name], 1).target)].double()
-        strength = weight.square().flatten(2).sum(2).numpy() if weight.ndim > 2 else weight.square().numpy()
-        strength = strength * power.get(name, np.ones(strength.shape[1]))
-        found[name] = strength = strength / max(float(strength.sum()), 1e-300)
+        found[name] = strength = strengths[name] / max(float(strengths[name].sum()), 1e-300)
         made, used = (np.asarray(units(program, name, axis, start), np.int64) for axis in (0, 1))
         rows += [np.repeat(made, len(used)), np.tile(used, len(made))]
         columns += [np.tile(used, len(made)), np.repeat(made, len(used))]
@@ -145,6 +146,30 @@ def couplings(
     entries = [np.concatenate(each) if each else np.empty(0) for each in (values[::2], rows[::2], columns[::2])]
     half = coo_array((entries[0], (entries[1].astype(np.int64), entries[2].astype(np.int64))), shape=(total, total)).tocsr()
     return Couplings(names, widths, csr_array(half + half.T), found)
+
+
+def strengths_of(program: Program, names: Sequence[str], images: torch.Tensor, coupling: Coupling) -> dict[str, Array]:
+    """What each connection [outputs, inputs] of these operators is weighed by; of operators that cannot be solved again in closed
+    form here, instead of their saliency, by weights and activations.
+    """
+    engine = Engine.of(program)
+    found = {name: magnitudes(engine.params[str(operand(program.nodes[name], 1).target)]) for name in names}
+    if coupling == "weights" or not names:
+        return found
+    for name, power in powers(program, names, images).items():
+        found[name] = found[name] * power
+    if coupling == "activations":
+        return found
+    fit = cache(engine, images, CACHE_BYTES)
+    positions = position_importance(engine, images)
+    for name in names:
+        c = consumer(program, program.nodes[name])
+        if c is not None and c.groups == 1 and c.columns <= LARGEST_GRAM:
+            moments = gram(fit, c, positions)
+            weight = matrix(engine.params[c.weight]).double().numpy()
+            ridge = ridge_for(c.columns, moments.rows)
+            found[name] = block_saliency(weight, moments.matrix.numpy(), c.kernel, ridge)
+    return found
 
 
 def units(program: Program, name: str, axis: int, start: Mapping[str, int]) -> list[int | None]:
@@ -403,12 +428,8 @@ def dense_modules(
     program: Program, images: np.ndarray[Any, Any], count: int, coupling: Coupling, how: Clustering, seed: int
 ) -> Modules | None:
     """Modules over all operators of a program that can have them; None where none can."""
-    found = couplings(program, eligible(program, count), coupling_images(images, coupling))
+    found = couplings(program, eligible(program, count), torch.from_numpy(images[:COUPLING_IMAGES]), coupling)
     return cluster(found, count, how, seed) if found.by_operator else None
-
-
-def coupling_images(images: np.ndarray[Any, Any], coupling: Coupling) -> torch.Tensor | None:
-    return torch.from_numpy(images[:COUPLING_IMAGES]) if coupling == "activations" else None
 
 
 def intervened(
@@ -440,7 +461,7 @@ def modular_cut(
     names = [name for name in chosen if name in program.nodes]
     owners = {owner for name in names for owner in owners_of(program, name)}
     groups = [g for g in eligible(program, count) if g.name in owners]
-    found = couplings(program, groups, coupling_images(images, coupling), names)
+    found = couplings(program, groups, torch.from_numpy(images[:COUPLING_IMAGES]), coupling, names)
     if not found.by_operator:
         return done
     modules = cluster(found, count, how, seed)
