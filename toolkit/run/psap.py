@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from toolkit.errors import BudgetError
 from toolkit.graph import Program
 from toolkit.prune.allocate import Allocation, allocate, memory_bytes
@@ -17,6 +15,7 @@ from toolkit.schema import Iteration, save_json
 from toolkit.train import (
     Course,
     Filters,
+    Network,
     Pruning,
     Trained,
     by_ratio,
@@ -44,7 +43,7 @@ def psap(job: loop.Job) -> loop.Outcome:
     soft = round(choices.soft * total)
     begin = with_weights(dense, reinitialised(dense, job.request.seed)) if choices.scratch else dense
     filters = filters_of(begin, list(job.candidates))
-    pruning = Pruning(begin, choices, soft, filters, lambda module, part: dealt(job, filters, module, target(job, part)))
+    pruning = Pruning(begin, choices, soft, filters, lambda network, part: dealt(job, filters, network, target(job, part)))
     courses: list[tuple[Course, Trained]] = []
     before, mend = pruning.hooks()
     program = begin
@@ -85,15 +84,13 @@ def target(job: loop.Job, part: float) -> float:
     return float(job.base * (aim / job.base) ** part)
 
 
-def dealt(
-    job: loop.Job, filters: Mapping[str, tuple[Filters, ...]], module: torch.nn.Module, share: float
-) -> dict[str, int] | None:
+def dealt(job: loop.Job, filters: Mapping[str, tuple[Filters, ...]], network: Network, share: float) -> dict[str, int] | None:
     """Widths of a network with these weights that are predicted to take this share of the dense latency, and the memory that is
     left them; None where there are none.
     """
     ratios, limit, full = job.request.psap.ratios, job.memory_limit(), job.dense_widths
     if ratios == "sparsity":
-        lost = losses(module, filters, job.candidates, full, pruned=min(1.0, max(0.0, 1 - share / job.base)))
+        lost = losses(network, filters, job.candidates, full, pruned=min(1.0, max(0.0, 1 - share / job.base)))
         budget_ns = share / job.base * job.model.predict(full)
         try:
             found = allocate(
@@ -106,7 +103,7 @@ def dealt(
     def fits(widths: Mapping[str, int]) -> bool:
         return job.predicted(widths) <= share and (limit is None or memory_bytes(limit, widths) <= limit.limit_bytes)
 
-    return by_ratio(module, filters, job.candidates, full, ratios == "uniform", fits)
+    return by_ratio(network, filters, job.candidates, full, ratios == "uniform", fits)
 
 
 def narrowed(

@@ -28,7 +28,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from toolkit.train.network import masked_inputs, set_masks
 
 Array = np.ndarray[Any, Any]
 Widths = Mapping[str, int]
+Network: TypeAlias = torch.nn.Module  # whose weights are looked at
 THRESHOLDS = 4096  # among which one is solved for
 TINY = 1e-30  # instead of dividing by the nothing of a layer whose weights are all zero
 ALIVE = "edgekit_alive_"  # before the number of a group among the buffers
@@ -243,7 +244,7 @@ class Pruning:
     choices: Psap
     steps: int
     filters: Mapping[str, tuple[Filters, ...]]
-    deal: Callable[[torch.nn.Module, float], Widths | None]
+    deal: Callable[[Network, float], Widths | None]
 
     @property
     def full(self) -> dict[str, int]:
