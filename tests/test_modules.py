@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -15,7 +17,7 @@ from scipy.sparse import csr_array
 from torch import nn
 
 from toolkit.budget import parse_budget
-from toolkit.graph import example_input, trace
+from toolkit.graph import Program, example_input, trace
 from toolkit.graph.modular import (
     apart,
     blocks,
@@ -35,6 +37,7 @@ from toolkit.prune.modules import (
     block_saliency,
     cluster,
     couplings,
+    dense_modules,
     eligible,
     inside,
     modular_cut,
@@ -49,8 +52,8 @@ from toolkit.prune.order import ridge_for
 from toolkit.prune.positions import position_importance
 from toolkit.prune.pruner import CACHE_BYTES, Cut, State, cut
 from toolkit.prune.responses import gram
-from toolkit.run import run
-from toolkit.schema import ModuleGraph, Plan, Preprocess, RunRequest, load_json
+from toolkit.run import crespr, run
+from toolkit.schema import Crespr, ModuleGraph, Plan, Preprocess, RunRequest, load_json
 
 
 class Padded(nn.Module):
@@ -233,7 +236,7 @@ def test_couplings_are_those_of_the_weights_the_activations_or_the_saliencies() 
     by_weight, weighed, salient = (couplings(program, groups, images, kind) for kind in kinds)
     assert set(by_weight.by_operator) == {"conv2d_1", "conv2d_3", "linear"}
     weight = Engine.of(program).params["features.4.weight"].double()
-    expected = weight.square().sum((2, 3))
+    expected = weight.square().sum((2, 3)).numpy()
     assert np.allclose(by_weight.by_operator["conv2d_1"], expected / expected.sum())
     assert weighed.matrix.sum() == pytest.approx(2 * len(weighed.by_operator))
     power = powers(program, ["conv2d_1"], images)["conv2d_1"]
@@ -330,6 +333,36 @@ def test_what_a_cut_has_left_can_be_made_of_modules() -> None:
     x = torch.from_numpy(images[:8])
     assert apart(masked_values(done.form.cut, done.form.modular).module, done.state.program.module, x) < 1e-4
     assert done.repaired is not None and done.repaired.after < done.repaired.before
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of a job what choosing among modules asks for."""
+
+    program: Program
+    candidates: dict[str, tuple[int, ...]]
+    request = SimpleNamespace(crespr=Crespr())
+    budget = 0.5
+    model = SimpleNamespace(predict=lambda widths: 1.0)
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        return {g.name: g.width for g in self.program.groups}
+
+
+def test_modules_in_branches_that_go_are_no_option(monkeypatch) -> None:
+    program = traced(Padded)
+    names = modular_operators(program, dense_modules(program, torch.randn(4, 3, 8, 8).numpy(), 2, "weights", "random", 0), 2)[0]
+    inner = [name for name in names if "one" in crespr.owners_of(program, name)]
+    others = [name for name in names if name not in inner]
+    assert inner and others
+    job = Asked(program, {"one": (0, 4, 8)})
+    for width, left in ((8, names), (0, others)):
+        proposed = SimpleNamespace(widths={**job.dense_widths, "one": width}, loss=0.1)
+        monkeypatch.setattr(crespr.loop, "propose", lambda *args, given=proposed: given)
+        assert [name for name in names if crespr.is_left(job, proposed.widths, name)] == left
+        found = crespr.options_of(job, None, 2, {name: 0.01 for name in inner}, {name: 0.1 for name in inner})
+        assert bool(found) == bool(width)
 
 
 def test_settings_of_crespr_are_checked() -> None:

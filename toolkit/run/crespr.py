@@ -9,13 +9,14 @@ built, measured, and is from then on what every plan is delivered in: widths are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.bench import kernels
 from toolkit.errors import UsageError
 from toolkit.export import save_onnx, to_onnx
 from toolkit.graph.modular import modular_operators, regroup
+from toolkit.graph.program import operand
 from toolkit.prune.modules import Modules, dense_modules, intervened, modular_cut, module_graph, owners_of
 from toolkit.prune.pruner import Cut, Scores, State, response_images, score
 from toolkit.run import loop
@@ -60,7 +61,9 @@ def close(job: loop.Job, first: Scores | None = None) -> loop.Outcome:
     outcome = loop.close(job, scores)
     form = outcome.attempt.cut.form
     if form is None:
-        return outcome  # every branch with modules was dropped
+        places = ", ".join(place_of(job, name) for name in chosen.operators)
+        lost = f"No modules are delivered: every branch that was to have them was dropped ({places}). This is pruning by widths."
+        return replace(outcome, notes=(*outcome.notes, lost))
     option = ModuleOption(
         count=chosen.count,
         operators=len(chosen.operators),
@@ -93,7 +96,8 @@ def choose(job: loop.Job, scores: Scores) -> Option:
     losses = dict(zip(clusterings, lost, strict=True))
     options = [each for count in clusterings for each in options_of(job, scores, count, saved[count], losses[count])]
     if not options:
-        raise UsageError("No operator of this model can be solved again in modules.", "Run it again with --method causal.")
+        message = "No operator of this model that can be solved again in modules is predicted to be left at this budget."
+        raise UsageError(message, "Run it again with --method causal, or with a larger --budget.")
     return min(options, key=lambda option: option.loss)
 
 
@@ -122,12 +126,17 @@ def savings(job: loop.Job, clusterings: dict[int, Modules]) -> list[dict[str, fl
     for (count, modules), times in zip(clusterings.items(), others, strict=True):
         gains = {}
         for name in modular_operators(job.program, modules, count)[0]:
-            place = str(job.program.nodes[name].args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+            place = place_of(job, name)
             before, after = dense.get(place), times.get(place)
             if before is not None and after is not None and (after <= FASTER * before or job.request.crespr.modules):
                 gains[name] = (before - after) / whole
         found.append(gains)
     return found
+
+
+def place_of(job: loop.Job, name: str) -> str:
+    """An operator as the model's own code names it."""
+    return str(operand(job.program.nodes[name], 1).target).removesuffix(".weight")
 
 
 def options_of(
@@ -150,8 +159,15 @@ def options_of(
             proposed = loop.propose(narrowed, State(job.program), scores, aim)
             missing = max(0.0, job.model.predict(proposed.widths) / (aim * job.model.predict(job.dense_widths)) - 1)
             widths_loss = proposed.loss + missing
+            if not any(is_left(job, proposed.widths, name) for name in chosen):
+                continue  # modules in branches that go are none
         found.append(Option(count, chosen, share, sum(losses[name] for name in chosen), widths_loss))
     return found
+
+
+def is_left(job: loop.Job, widths: Mapping[str, int], name: str) -> bool:
+    """Whether an operator is still there at these widths."""
+    return all(widths[owner] > 0 for owner in owners_of(job.program, name))
 
 
 def divisible(job: loop.Job, count: int, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
