@@ -137,7 +137,8 @@ def main() -> int:
     count = min(clusterings, key=lambda k: abs(1 / k - given.density))
     names = modular_operators(program, clusterings[count], count)[0]
     record: dict[str, Any] = {
-        "schema": 1, "model": given.model, "modules": count, "density": 1 / count, "density_asked_for": given.density,
+        "schema": 1, "model": given.model.rpartition("/")[2],
+        "modules": count, "density": 1 / count, "density_asked_for": given.density,
         "operators": names, "calibration_images": len(images.calibration), "evaluation_images": len(images.indices),
         "accuracy_dense": top1(program, images), "rows": [], "speed": [],
     }  # fmt: skip
