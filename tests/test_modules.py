@@ -365,6 +365,12 @@ def test_modules_in_branches_that_go_are_no_option(monkeypatch) -> None:
         assert bool(found) == bool(width)
 
 
+def test_where_widths_alone_lose_less_the_report_says_so() -> None:
+    assert crespr.advice(0.1, 0.1) == () == crespr.advice(0.0, 0.2)
+    (told,) = crespr.advice(0.42, 0.1234)
+    assert "lose less, a distortion of 0.123 against 0.42. For accuracy, run --method causal." in told
+
+
 def test_settings_of_crespr_are_checked() -> None:
     from toolkit.errors import UsageError
     from toolkit.run import demo_request

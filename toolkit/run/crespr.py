@@ -57,6 +57,7 @@ def close(job: loop.Job, first: Scores | None = None) -> loop.Outcome:
         repair=job.request.repair, round_=0, seed=job.request.seed, effect_passes=loop.EFFECT_PASSES, progress=job.progress,
     )  # fmt: skip
     chosen = choose(job, scores)
+    alone = loop.propose(job, State(job.program), scores, loop.AIM * job.budget).loss
     job = delivered_in(job, chosen)
     outcome = loop.close(job, scores)
     form = outcome.attempt.cut.form
@@ -72,7 +73,16 @@ def close(job: loop.Job, first: Scores | None = None) -> loop.Outcome:
         modules_loss=chosen.modules_loss,
         widths_loss=chosen.widths_loss,
     )
-    return replace(outcome, modules=module_graph(form, job.images.calibration, option))
+    notes = (*outcome.notes, *advice(chosen.loss, alone))
+    return replace(outcome, modules=module_graph(form, job.images.calibration, option), notes=notes)
+
+
+def advice(with_modules: float, alone: float) -> tuple[str, ...]:
+    """What a report says where modules are predicted to lose more than widths alone would at the same budget."""
+    if with_modules <= alone:
+        return ()
+    told = f"a distortion of {alone:.3g} against {with_modules:.3g}"
+    return (f"CRESPR: at this budget widths alone are predicted to lose less, {told}. For accuracy, run --method causal.",)
 
 
 def choose(job: loop.Job, scores: Scores) -> Option:
