@@ -257,6 +257,15 @@ def test_the_summary_truncates_nothing() -> None:
     assert [words for words in wanted if words not in text] == []
 
 
+def test_where_no_channels_were_told_apart_none_are_said_to_be_uncritical() -> None:
+    report, none = samples.report(), CategoryCounts()
+    groups = tuple(msgspec.structs.replace(group, categories=none, removed=none) for group in report.groups)
+    for each, said in ((report, True), (samples.report(groups=groups, method="psap", critical_removed=0), False)):
+        assert each.judged is said
+        assert ("critical or undecided channels cut" in printed(each)) is said
+        assert ("Critical or undecided channels cut" in html(each, samples.comparison())) is said
+
+
 def test_the_summary_counts_the_groups_it_leaves_out() -> None:
     groups = samples.report().groups * 5
     rest = groups[40:]

@@ -908,6 +908,11 @@ class Report(Record, frozen=True, kw_only=True):
     command: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def judged(self) -> bool:
+        """Whether channels were told apart by cause and effect; not every method does."""
+        return any(group.categories != CategoryCounts() for group in self.groups)
+
 
 class DryRun(Record, frozen=True, kw_only=True):
     """What a run would do. Times are rough; the dense latency is from a short measurement."""

@@ -186,7 +186,7 @@ def _validity(report: Report) -> RenderableType:
         f"held-out error {units.share(held_out.mape)} on {held_out.networks} networks",
         f"slices proved to {units.small(report.proof_max_relative_error)} relative",
         f"repair: {report.repair}",
-        f"critical or undecided channels cut: {report.critical_removed}",
+        *([f"critical or undecided channels cut: {report.critical_removed}"] if report.judged else ()),
         f"floor {units.duration(report.floor_ns)} (measured); optimality gap {units.share(report.optimality_gap, 2)}",
     )
     return Padding(Group(heading, *(_hanging(line, "  ") for line in lines)), (1, 0))

@@ -614,8 +614,9 @@ def modular_notes(outcome: loop.Outcome) -> tuple[str, ...]:
         return ()
     found = outcome.modules.option
     return (
-        f"CRESPR: {found.count} modules in {found.operators} operators; with all channels that took {found.measured_share:.3f}x"
-        f" the dense latency ({found.predicted_share:.3f}x predicted). For the rest channels were pruned.",
+        f"CRESPR: {found.count} modules in {found.operators} operator{'s' * (found.operators != 1)}; with all channels that took"
+        f" {found.measured_share:.3f}x the dense latency ({found.predicted_share:.3f}x predicted). For the rest channels were"
+        " pruned.",
         "Times by kernel are those of the pruned network before it was brought into modules.",
     )
 
