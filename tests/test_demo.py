@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +28,7 @@ def logits(images: np.ndarray) -> torch.Tensor:
         return torch.cat([model.eval()(part) for part in inputs.split(100)])
 
 
+@pytest.mark.slow
 def test_the_trained_network_reads_unseen_digits_as_well_as_recorded() -> None:
     images, labels = read(demo.eval_path())
     accuracy = float((logits(images).argmax(1).numpy() == labels).mean())
@@ -70,6 +72,7 @@ def test_no_channel_of_the_network_is_dead() -> None:
             assert value.min() > 1e-6, name
 
 
+@pytest.mark.slow
 def test_the_demo_needs_no_scikit_learn() -> None:
     program = (
         "import sys; sys.modules['sklearn'] = None; from toolkit import demo; demo.model(); print(demo.weights_path().is_file())"

@@ -182,6 +182,7 @@ def test_the_files_of_the_file_map_exist() -> None:
             inside = found.group(2).split()[0]
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_run() -> None:
     import patterns
     import torch

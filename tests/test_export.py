@@ -52,11 +52,13 @@ def test_the_opset_asked_for_is_the_one_written(opset: int) -> None:
     onnx.checker.check_model(model)
 
 
+@pytest.mark.slow
 def test_an_opset_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(ModelError, match="opset"):
         to_onnx(program(), opset=9)
 
 
+@pytest.mark.slow
 def test_an_open_batch_runs_any_number_of_images() -> None:
     source = from_program(program(), batch=DYNAMIC)
     session = onnxruntime.InferenceSession(source.model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -66,6 +68,7 @@ def test_an_open_batch_runs_any_number_of_images() -> None:
         np.testing.assert_allclose(found, source.outputs(images(n))[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_open_batch_stays_open_in_eight_bits(tmp_path: Path, folder_of_images: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef model():\n    torch.manual_seed(0)\n"
@@ -88,6 +91,7 @@ def saved(model: Any, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_computes_what_it_did(tmp_path: Path) -> None:
     model = exported(Tokens)
     source = from_file(saved(model, tmp_path / "net.onnx"))
@@ -113,6 +117,7 @@ def with_input(model: Any, *dims: int | str) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_open_shapes_are_closed_by_the_request(tmp_path: Path) -> None:
     open_batch = to_onnx(program(), DYNAMIC)
     assert from_file(saved(open_batch, tmp_path / "batch.onnx")).shape == (1, 3, 8, 8)
@@ -145,6 +150,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_used_are_named_and_leave_nothing(tmp_path: Path) -> None:
     for words, path in broken_files(tmp_path).items():
         with pytest.raises(ModelError, match=words):
@@ -169,6 +175,7 @@ def test_a_large_model_keeps_its_weights_beside_it_and_is_not_lowered(tmp_path: 
         assert not (tmp_path / precision).exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = artefact.to_fp16
 

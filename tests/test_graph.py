@@ -81,6 +81,7 @@ def test_there_are_patterns_enough_and_no_two_share_a_name() -> None:
     assert len({pattern.__name__ for pattern in patterns.PATTERNS}) == len(patterns.PATTERNS) >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", EVERY)
 def test_the_groups_are_those_of_the_pattern(pattern) -> None:
     program = traced(pattern)
@@ -90,6 +91,7 @@ def test_the_groups_are_those_of_the_pattern(pattern) -> None:
     assert {g.name for g in program.groups if g.floor == 0} == branches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", EVERY)
 def test_a_sliced_program_equals_the_masked_one(pattern) -> None:
     program = traced(pattern)
@@ -101,6 +103,7 @@ def test_a_sliced_program_equals_the_masked_one(pattern) -> None:
             assert wide(sliced, {}) == wide(program, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", sampled(pattern for pattern, (_, branches) in patterns.PATTERNS.items() if branches))
 def test_a_branch_alone_goes_whole(pattern) -> None:
     program = traced(pattern)
@@ -110,6 +113,7 @@ def test_a_branch_alone_goes_whole(pattern) -> None:
         assert sliced.macs() < program.macs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", EVERY)
 def test_a_sliced_program_runs_any_batch_and_trains(pattern) -> None:
     program = traced(pattern)
@@ -213,6 +217,7 @@ def silence(network: nn.Module, layers: Rows, channels: list[int]) -> None:
             layer.bias[gone] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(SILENT))
 def test_a_sliced_program_equals_the_network_with_silent_channels(name) -> None:
     pattern = getattr(patterns, name)
@@ -234,6 +239,7 @@ def test_a_sliced_program_equals_the_network_with_silent_channels(name) -> None:
 # --- surgery ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_input_program_is_left_as_it_was() -> None:
     program = traced(patterns.Residual)
     before = {k: v.clone() for k, v in program.module.state_dict().items()}
@@ -334,6 +340,7 @@ def test_the_proof_refuses_the_wrong_half_of_a_concat(monkeypatch) -> None:
     refused(traced(patterns.Concat), {"b": [1, 3, 5]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
 def test_the_proof_refuses_a_missed_norm_buffer_even_where_it_is_constant(monkeypatch, any_size, buffer) -> None:
     def missed(original, now):

@@ -156,6 +156,7 @@ def within(module: str, places: set[str]) -> bool:
     return any(module == place or module.startswith(f"{place}.") for place in places)
 
 
+@pytest.mark.slow
 def test_a_framework_is_imported_only_where_it_is_named() -> None:
     wrong = []
     for path in sources("toolkit"):

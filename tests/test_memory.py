@@ -17,6 +17,7 @@ def full(program: Program) -> dict[str, int]:
     return {group.name: group.width for group in program.groups}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", CUT)
 def test_a_plan_takes_what_the_pruned_network_takes(pattern) -> None:
     torch.manual_seed(0)
@@ -33,6 +34,7 @@ def test_a_plan_takes_what_the_pruned_network_takes(pattern) -> None:
     assert planned.bytes_at(widths) < planned.bytes_at(full(program))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [patterns.Residual, patterns.PreActivation, patterns.VisionTransformer])
 def test_a_plan_that_drops_branches_takes_no_less_than_its_network(pattern) -> None:
     torch.manual_seed(0)
@@ -81,6 +83,7 @@ class Turned(Twice):
         return self.a(x).permute(0, 2, 3, 1).reshape(-1, 1600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "channels"), [
     (Twice(), 16 + 16 + 16),
     (Turned(), 16 + 16),

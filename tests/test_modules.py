@@ -117,6 +117,7 @@ def drawn(program, count: int, seed: int) -> dict[str, list[int]]:
     return {g.name: rng.permutation(np.arange(g.width) % count).tolist() for g in eligible(program, count)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "size"), NETWORKS)
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_grouped_form_is_the_masked_form(network, size, count) -> None:
@@ -228,6 +229,7 @@ def test_planted_modules_are_found_and_a_seed_is_repeated() -> None:
     assert cluster(graph, count, "spectral", 3) == found
 
 
+@pytest.mark.slow
 def test_couplings_are_those_of_the_weights_the_activations_or_the_saliencies() -> None:
     program = traced(Vgg)
     images = torch.randn(6, 3, 8, 8)

@@ -46,6 +46,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PLAIN)
 def test_the_engine_computes_what_the_program_computes_from_every_cut(pattern) -> None:
     program = traced(pattern)
@@ -60,6 +61,7 @@ def test_the_engine_computes_what_the_program_computes_from_every_cut(pattern) -
             assert torch.equal(engine.run(value, names[name])[0][0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PLAIN)
 def test_removing_a_channel_at_its_consumers_is_cutting_it_out(pattern) -> None:
     program = traced(pattern)
@@ -133,6 +135,7 @@ def test_without_a_budget_of_passes_everything_is_screened_by_gradient() -> None
     assert {e.category for e in found} <= {"critical", "undecided"}  # the first order shows no more
 
 
+@pytest.mark.slow
 def test_what_promises_most_is_removed_for_real_first() -> None:
     program = traced(patterns.Residual)
     engine, x = Engine.of(program), images(30)
@@ -167,6 +170,7 @@ def test_the_difference_estimator_is_the_full_mean_where_the_approximation_is_ex
     assert all(test.high - test.low < other.high - other.low for test, other in zip(found, alone, strict=True))
 
 
+@pytest.mark.slow
 def test_risk_is_how_often_more_images_change_the_category() -> None:
     """Against simulation: categories of 16 images and of all 256 that they are part of."""
     rng = np.random.default_rng(0)
@@ -201,6 +205,7 @@ def test_categories_follow_the_sign_and_only_small_intervals_are_neutral() -> No
     assert category(0.0, 5.0) == "undecided"
 
 
+@pytest.mark.slow
 def test_false_discoveries_among_null_channels_stay_under_the_rate() -> None:
     rng = np.random.default_rng(1)
     wrong = []
@@ -345,6 +350,7 @@ def test_a_row_that_counts_three_times_is_three_rows() -> None:
 # --- positions ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_behind_the_last_mixing_of_tokens_only_the_class_token_counts() -> None:
     torch.manual_seed(0)
     program = trace(patterns.VisionTransformer(), example_input((1, 3, 8, 8)))
@@ -366,6 +372,7 @@ def test_positions_before_a_mean_count_alike() -> None:
 TOKENS = [patterns.VisionTransformer, patterns.MultiheadFirst, patterns.ShiftedWindows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [*TOKENS, patterns.Separable])
 def test_positions_are_taken_image_by_image_wherever_an_operator_has_its_images(pattern) -> None:
     torch.manual_seed(0)
@@ -379,6 +386,7 @@ def test_positions_are_taken_image_by_image_wherever_an_operator_has_its_images(
         assert torch.allclose(by_image(c, together[c.node])[1], by_image(c, alone[c.node])[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", TOKENS)
 def test_first_order_effects_are_each_images_own(pattern) -> None:
     torch.manual_seed(0)
@@ -405,6 +413,7 @@ def test_positions_are_drawn_with_the_probability_that_they_are_weighted_by(weig
     assert abs(len(found.at) - min(limit, len(importance))) <= 1 and torch.equal(found.at, found.at.unique())
 
 
+@pytest.mark.slow
 def test_weighted_positions_stand_for_all_of_them() -> None:
     importance = torch.tensor([9.0, *[0.5] * 10, *[0.1] * 10], dtype=torch.float64)
     total = torch.zeros(21)
@@ -415,6 +424,7 @@ def test_weighted_positions_stand_for_all_of_them() -> None:
     assert total[0] == pytest.approx(9.0, rel=1e-3)  # drawn always, counted as it is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [patterns.OptionA, patterns.Separable])
 def test_rows_times_weight_are_the_operators_output(pattern) -> None:
     program = traced(pattern)
@@ -430,6 +440,7 @@ def test_rows_times_weight_are_the_operators_output(pattern) -> None:
         assert torch.allclose(found.reshape(expected.shape), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_repair_restores_a_network_whose_removed_channels_were_copies() -> None:
     program = traced(patterns.Residual)
     with torch.no_grad():
@@ -446,6 +457,7 @@ def test_repair_restores_a_network_whose_removed_channels_were_copies() -> None:
     assert distortion(outputs(Engine.of(done.program), x), reference) < 1e-2 * done.before
 
 
+@pytest.mark.slow
 def test_repair_never_makes_held_back_images_worse_and_changes_no_shape() -> None:
     for pattern in (patterns.Chain, patterns.Separable, patterns.Flatten):
         program = traced(pattern)
@@ -468,6 +480,7 @@ def test_a_repair_that_does_not_help_is_not_kept() -> None:
 # --- responses and rounds -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_response_at_full_width_is_zero_and_repair_lowers_the_others() -> None:
     program = traced(patterns.Residual)
     cached = cache(Engine.of(program), images(64))
@@ -496,6 +509,7 @@ def test_a_dropped_branch_has_the_response_of_its_cut() -> None:
     assert found.responses[0].distortion == pytest.approx(distortion(gone, cached.outputs), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["causal", "cswap", "taylor", "l1", "l2", "random"])
 def test_two_rounds_compose_to_original_channels_and_are_repeatable(method) -> None:
     program = traced(patterns.Separable)

@@ -95,6 +95,7 @@ def error_of(values: np.ndarray[Any, Any], low: float, high: float) -> float:
     return float(((values - levels * step) ** 2).mean())
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from(["normal", "heavy", "positive", "one-sided outlier"]))
 @settings(max_examples=40, deadline=None)
 def test_least_squares_ranges_have_no_more_error_than_the_others(seed: int, kind: str) -> None:
@@ -137,6 +138,7 @@ def test_ranges_do_not_depend_on_how_images_are_batched() -> None:
         assert first.ranges(method) == again.ranges(method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", [Block, Tokens])
 def test_a_quantized_network_computes_nearly_what_it_did(kind: type[nn.Module], recipe: str) -> None:
@@ -147,6 +149,7 @@ def test_a_quantized_network_computes_nearly_what_it_did(kind: type[nn.Module], 
     assert 0 < distortion < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_products_with_weights_of_seven_bits_fit_into_sixteen(recipe: str) -> None:
     largest = {}
@@ -180,6 +183,7 @@ def test_only_the_layers_that_are_named_become_integers() -> None:
     assert quantized(exported(Block), "openvino", []).graph.node == ready.graph.node
 
 
+@pytest.mark.slow
 def test_joins_of_convolutions_are_layers_and_joins_of_tokens_are_not() -> None:
     def kinds(model: type[nn.Module]) -> Counter[str]:
         ready = calibration.prepared(exported(model))

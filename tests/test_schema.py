@@ -93,6 +93,7 @@ def example(kind: type[Record]) -> Any:
     return kind(**{name: 1 if name == "schema" else value(hint) for name, hint in typing.get_type_hints(kind).items()})
 
 
+@pytest.mark.slow
 @every_kind
 def test_json_gives_every_record_back(kind: type[Record]) -> None:
     @EXAMPLES

@@ -246,6 +246,7 @@ def test_a_high_percentile_takes_what_it_needs_however_long(models: tuple[Path, 
     assert found.samples >= fewest and found.valid and getattr(found, f"{statistic}_ns") == found.latency_ns
 
 
+@pytest.mark.slow
 def test_a_percentile_of_a_noisy_device_takes_more_rounds_until_it_is_known(models: tuple[Path, Path]) -> None:
     def taken(time_limit_s: float) -> Any:
         (found,) = compare(models[:1], simulated(1, noise=0.5), statistic="p99", time_limit_s=time_limit_s).measurements

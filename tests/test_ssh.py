@@ -194,6 +194,7 @@ def test_a_board_tells_what_it_is_as_this_machine_does(reach: Callable[..., Ssh]
     assert there.all_ticks is not None and here.all_ticks is not None and abs(there.all_ticks - here.all_ticks) < 3000
 
 
+@pytest.mark.slow
 @needs_sshd
 @pytest.mark.parametrize("runtime", backends.RUNTIMES)
 def test_values_kernels_and_precision_are_those_of_this_machine(reach: Callable[..., Ssh], network: Path, runtime: str) -> None:
@@ -304,6 +305,7 @@ def test_a_board_without_python_or_runtime_names_what_it_lacks(reach: Callable[.
         assert poor.leftovers() == []
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_an_upload_that_is_cut_goes_on_where_it_was(reach: Callable[..., Ssh], proxied: Callable[..., Proxy]) -> None:
     proxy = proxied(bytes_per_s=20e6)
@@ -344,6 +346,7 @@ def test_a_link_that_is_cut_in_a_sweep_loses_no_network(
     assert len(kept) == 5 and all(network.ratio > 0 and network.spans for network in kept)  # each once, those before the cut too
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_an_agent_that_is_killed_leaves_nothing_and_the_session_is_made_again(
     reach: Callable[..., Ssh], network: Path, place: Board
@@ -367,6 +370,7 @@ def agent_of(place: Board) -> int:
     return int((folder / "pid").read_text())
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_workstation_that_is_killed_leaves_nothing(place: Board, network: Path) -> None:
     program = f"""
@@ -420,6 +424,7 @@ def InferenceSession(path, options, providers):
 """
 
 
+@pytest.mark.slow
 @needs_sshd
 @pytest.mark.parametrize(
     ("does", "message"),
@@ -447,6 +452,7 @@ def test_a_runtime_that_hangs_or_dies_costs_only_itself(
         assert broken.leftovers() == []
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_link_that_rests_is_kept_and_one_that_was_dropped_meanwhile_is_made_again(
     reach: Callable[..., Ssh], network: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
@@ -497,6 +503,7 @@ def test_what_arrives_is_what_was_announced_and_the_agent_takes_no_path(reach: C
     rig.close()
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_slow_and_far_link_gives_the_same_answers(
     reach: Callable[..., Ssh], network: Path, proxied: Callable[..., Proxy]
@@ -543,6 +550,7 @@ def hostile(body: str) -> Ssh:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -587,6 +595,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ANSWERS)
 def test_an_answer_of_any_kind_ends_in_an_error(what: str, network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "MAX_ANSWER", 1 << 20)
@@ -621,6 +630,7 @@ CLAIMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CLAIMS)
 def test_what_cannot_be_is_not_believed(what: str, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "MAX_UNPACKED", 1 << 20)

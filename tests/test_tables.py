@@ -94,6 +94,7 @@ def blocks_and_bytes(at: Any, wave: float, step: int) -> tuple[Any, Any]:
     ] * at[:, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wave", [0.0, 1 / 4, 5 / 16, 3 / 4])
 def test_a_kernel_that_waits_for_the_slower_of_two_is_recovered(wave: float) -> None:
     alignment = Alignment(8, 32)
@@ -205,6 +206,7 @@ def random_widths(seed: int, count: int = 200, step: int = 4) -> Iterator[dict[s
     return ({name: rng.randrange(4, full + 1, step) for name, full in LAW_GROUPS.items()} for _ in range(count))
 
 
+@pytest.mark.slow
 def test_a_staircase_law_is_recovered(law_model: LatencyModel) -> None:
     for widths in (*random_widths(1), *random_widths(2, step=1)):
         assert law_model.predict(widths) == pytest.approx(law_latency(widths), rel=0.1)
@@ -212,6 +214,7 @@ def test_a_staircase_law_is_recovered(law_model: LatencyModel) -> None:
     assert law_model.held_out.networks >= 8 and law_model.held_out.mape < 0.01 and law_model.held_out.spearman > 0.99
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_law_are_probed_and_their_evidence_kept(law_model: LatencyModel) -> None:
     conv = law_model.alignments["Conv"]
     assert (conv.step_in, conv.step_out, conv.block) == (16, 16, 16)
@@ -303,6 +306,7 @@ def test_another_fingerprint_is_refused_with_the_command(tmp_path: Path) -> None
         load_samples(tmp_path, other)
 
 
+@pytest.mark.slow
 def test_tables_merge_and_refuse_damage(tmp_path: Path, law_model: LatencyModel) -> None:
     samples = law_samples()
     rows = kernel_rows(observe(samples.networks, LAW_SITES, samples)[0], samples)
@@ -521,6 +525,7 @@ def renamed_copy(maker: VariantMaker) -> VariantMaker:
     return replace(maker, skeleton=skeleton)
 
 
+@pytest.mark.slow
 def test_segments_are_the_whole_network_in_parts(maker: VariantMaker, tmp_path: Path) -> None:
     import onnx
 

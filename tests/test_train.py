@@ -57,6 +57,7 @@ def quiet(step: str, done: float, total: float) -> None:
 # --- the network that trains ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_trains_as_the_module_does_running_statistics_included() -> None:
     model = network().double()
     program = trace(network().double(), torch.randn(2, 2, 8, 8, dtype=torch.float64))
@@ -129,6 +130,7 @@ def random_cut(seed: int) -> dict[str, list[int]]:
     return {name: sorted(rng.sample(range(n), rng.choice([w for w in CANDIDATES[name] if w < n]))) for name, n in full.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_masked_is_what_surgery_will_leave(seed: int) -> None:
     program = trace(network(seed).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64))
@@ -143,6 +145,7 @@ def test_masked_is_what_surgery_will_leave(seed: int) -> None:
     torch.testing.assert_close(module(x)[0][0], program.module(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_left_learns_as_if_the_rest_were_gone_and_the_rest_learns_nothing(seed: int) -> None:
     program = trace(network(seed).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64))
@@ -249,6 +252,7 @@ def a_course(folder: Path, how: Training, stop_at: int = -1, fingerprint: str = 
     return found.state, found.resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_stopped_at_any_step_and_resumed_the_weights_are_the_same_bit_for_bit(tmp_path, optimizer) -> None:
     how = msgspec.structs.replace(HOW, optimizer=optimizer, lr=0.01)
@@ -414,6 +418,7 @@ def test_the_threshold_is_the_least_that_fits_and_what_room_is_left_is_used(seed
     assert dealt(dealer, lambda w: cost(w) <= 0.01) is None and dealt(dealer, lambda w: True) == full
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), pruned=st.floats(0, 0.9), scale=st.sampled_from([1e-3, 0.5, 20.0]))
 def test_a_width_costs_what_goes_times_what_is_not_sparse_whatever_the_layers_scale(
