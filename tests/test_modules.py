@@ -373,6 +373,33 @@ def test_where_widths_alone_lose_less_the_report_says_so() -> None:
     assert "lose less, a distortion of 0.123 against 0.42. For accuracy, run --method causal." in told
 
 
+@pytest.mark.parametrize("form", [None, object()])
+def test_the_outcome_says_that_no_modules_are_left_or_that_they_lose_more(form, monkeypatch) -> None:
+    program = traced(Padded)
+    name = next(
+        n.name for n in program.module.graph.nodes if n.name in program.mixings and "one" in crespr.owners_of(program, n.name)
+    )
+    chosen = crespr.Option(2, (name,), 0.9, 0.3, 0.2)
+    request = SimpleNamespace(budget=SimpleNamespace(unlimited=False))
+    job = SimpleNamespace(
+        request=request, lowered=None, program=program, budget=0.5, base=0.9, images=SimpleNamespace(calibration=None)
+    )
+    attempt = SimpleNamespace(cut=SimpleNamespace(form=form))
+    monkeypatch.setattr(crespr, "choose", lambda *args: chosen)
+    monkeypatch.setattr(crespr, "delivered_in", lambda job, chosen: job)
+    monkeypatch.setattr(crespr, "module_graph", lambda *args: "graph")
+    monkeypatch.setattr(crespr.loop, "propose", lambda *args: SimpleNamespace(loss=0.25))
+    monkeypatch.setattr(crespr.loop, "close", lambda *args: crespr.loop.Outcome(attempt, (), (), 1, 0.0, notes=("before",)))
+    found = crespr.close(job, SimpleNamespace())
+    first, told = found.notes
+    assert first == "before" and (found.modules is None) is (form is None)
+    place = crespr.place_of(job, name)
+    if form is None:
+        assert told.startswith("No modules are delivered") and f"({place})" in told and not place.endswith("weight")
+    else:
+        assert "a distortion of 0.25 against 0.5" in told
+
+
 def test_settings_of_crespr_are_checked() -> None:
     from toolkit.errors import UsageError
     from toolkit.run import demo_request

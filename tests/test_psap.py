@@ -14,15 +14,18 @@ from types import SimpleNamespace
 import msgspec
 import networks
 import pytest
+import resumable
+from test_allocate import Place
 
 from toolkit import run as job
 from toolkit.budget import parse_budget
 from toolkit.demo import data_path, eval_path
 from toolkit.errors import UsageError
 from toolkit.run import loop
-from toolkit.run.psap import target
+from toolkit.run.psap import dealt, target
 from toolkit.run.training import CHECKPOINTS, check_request
-from toolkit.schema import Plan, Psap, Report, RunRequest, Training, load_json
+from toolkit.schema import DimForm, Plan, Psap, Report, RunRequest, Training, load_json
+from toolkit.train import filters_of
 
 SETTINGS = ("psap.epochs=2", "psap.steps=3", "train.images=140", "train.batch=32", "train.checkpoint_steps=1")
 
@@ -103,6 +106,28 @@ def test_the_schedule_begins_at_dense_falls_and_ends_where_the_loop_aims() -> No
         shares = [target(some, k / 10) for k in range(11)]
         assert shares[0] == base and shares == sorted(shares, reverse=True)
         assert shares[-1] == pytest.approx(loop.AIM * budget)
+
+
+@pytest.mark.parametrize("ratios", ["sparsity", "threshold", "uniform"])
+def test_widths_take_the_share_that_the_schedule_has_or_there_are_none(ratios) -> None:
+    program = resumable.traced()
+    candidates = {"stem": (2, 4, 6, 8), "first": (0, 3, 6, 9, 12)}
+    sites = [Place(name, DimForm(const=1), DimForm(const=0, terms=((name, 1),)), lambda i, o: 1000.0 * o) for name in candidates]
+    model = SimpleNamespace(
+        costs=lambda: sites, overhead_ns=2000.0, predict=lambda w: 2000.0 + 1000.0 * sum(w[name] for name in candidates)
+    )
+    full = {g.name: g.width for g in program.groups}
+    some = SimpleNamespace(
+        request=SimpleNamespace(psap=Psap(ratios=ratios)), program=program, candidates=candidates, dense_widths=full, base=1.0,
+        model=model, memory_limit=lambda: None, predicted=lambda w: model.predict(w) / model.predict(full),
+    )  # fmt: skip
+    filters, last = filters_of(program, list(candidates)), 1.0
+    for share in (1.0, 0.9, 0.7, 0.5, 0.2):
+        widths = dealt(some, filters, program.module, share)
+        assert widths is not None and all(widths[name] in candidates[name] for name in candidates)
+        assert share - 4 / 22 < some.predicted(widths) <= min(share, last)
+        last = some.predicted(widths)
+    assert dealt(some, filters, program.module, 0.1) is None  # 4 of 22 at the least
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,17 @@ from toolkit.graph.modular import masked, modular_operators  # noqa: E402
 from toolkit.graph.program import operand  # noqa: E402
 from toolkit.prune.consumers import consumer, matrix  # noqa: E402
 from toolkit.prune.engine import Engine, cache  # noqa: E402
-from toolkit.prune.modules import dense_modules, magnitudes, modular_cut, restricted, sparse_between  # noqa: E402
+from toolkit.prune.modules import Coupling, dense_modules, magnitudes, modular_cut, restricted, sparse_between  # noqa: E402
 from toolkit.prune.order import ridge_for  # noqa: E402
 from toolkit.prune.positions import position_importance  # noqa: E402
 from toolkit.prune.pruner import CACHE_BYTES, Cut, State  # noqa: E402
 from toolkit.prune.repair import outputs, with_parameters  # noqa: E402
 from toolkit.prune.responses import LARGEST_GRAM, gram, overrides  # noqa: E402
 from toolkit.run.prepare import Images, load_and_trace, load_images  # noqa: E402
-from toolkit.schema import Preprocess, RunRequest  # noqa: E402
+from toolkit.schema import Crespr, Preprocess, RunRequest  # noqa: E402
 
 COUNTS = (2, 4, 8, 16)
+COUPLING: Coupling = Crespr().coupling  # as a run has it
 
 
 def quiet(step: str, done: float, total: float) -> None:
@@ -69,7 +70,7 @@ def in_clusters(
     program: Program, images: Images, count: int, names: list[str], how: Any, seed: int, repair: bool
 ) -> Cut:  # fmt: skip
     return modular_cut(
-        program, Cut(State(program), 0.0, None), count, names, images.calibration, coupling="saliency", how=how,
+        program, Cut(State(program), 0.0, None), count, names, images.calibration, coupling=COUPLING, how=how,
         repair_=repair, seed=seed, progress=quiet,
     )  # fmt: skip
 
@@ -137,7 +138,7 @@ def main() -> int:
     count = min(clusterings, key=lambda k: abs(1 / k - given.density))
     names = modular_operators(program, clusterings[count], count)[0]
     record: dict[str, Any] = {
-        "schema": 1, "model": given.model.rpartition("/")[2],
+        "schema": 1, "model": given.model.rpartition("/")[2], "coupling": COUPLING,
         "modules": count, "density": 1 / count, "density_asked_for": given.density,
         "operators": names, "calibration_images": len(images.calibration), "evaluation_images": len(images.indices),
         "accuracy_dense": top1(program, images), "rows": [], "speed": [],

@@ -17,8 +17,8 @@ There |w| is relative to its layer's root mean square, as a norm behind a layer 
 quantile of all weights at the share of the latency that is to go.
 
 In a layer, or in several whose channels must go together, filters of least norm go. Masks are soft: masked filters
-reach nobody and learn nothing, but stay what they are and may be back at the next step. The gradient g of a filter w that is not
-masked loses the part that would shrink it,
+reach nobody and learn nothing, but are still there, weight decay aside as they were, and may be back at the next step. The
+gradient g of a filter w that is not masked loses the part that would shrink it,
 
     g <- g - max(0, <w, g>) / |w|^2 w
 """
