@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -165,13 +167,12 @@ def torch_pruning(name: str) -> dict[str, Any]:
     return {"seconds": seconds, "macs": before, "macs_left": after}
 
 
-def one(name: str, tool: str, limit_s: float) -> dict[str, Any]:
-    """A model in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, tool]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not finished after {limit_s:.0f} s"}
+def one(name: str, tool: str, limit_s: int) -> dict[str, Any]:
+    """A model in a process of its own, which ends itself after `limit_s` CPU seconds."""
+    command = [sys.executable, __file__, "--limit", str(limit_s), "--one", name, tool]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == -signal.SIGXCPU:
+        return {"error": f"not finished after {limit_s} CPU seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
@@ -232,10 +233,11 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="results as JSON; what it already holds is not done again")
     parser.add_argument("--torch-pruning", action="store_true", help="Torch-Pruning beside it")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1: CPU seconds are comparable)")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a model may take (default 600)")
+    parser.add_argument("--limit", type=int, default=600, help="CPU seconds a model may take (default 600)")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        resource.setrlimit(resource.RLIMIT_CPU, (options.limit, options.limit + 5))  # SIGXCPU, then SIGKILL
         name, tool = options.one
         print(json.dumps({"edgekit": ours, "torch_pruning": torch_pruning}[tool](name)))
         return 0
