@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from toolkit.errors import ModelError, ProofError, UsageError
-from toolkit.graph import Program, apply, example_input, prove, surgery, trace
+from toolkit.graph import Program, apply, example_input, prove, surgery, to_device, trace
 from toolkit.graph import proof as proofs
 from toolkit.graph.rules.reshaping import blocks
 
@@ -124,6 +124,30 @@ def test_a_sliced_program_runs_any_batch_and_trains(pattern) -> None:
         assert torch.allclose(all_five[2:3], third, rtol=1e-4, atol=1e-5)
     sum(output.square().sum() for output in outputs).backward()
     assert {name for name, p in sliced.named_parameters() if p.grad is None} == patterns.IDLE[pattern]
+
+
+class Fresh(nn.Module):
+    """Makes tensors of the batch's size as it runs, on the device that it was traced on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x).relu().mean((2, 3))
+        token = torch.full((x.shape[0], 8), 0.5, device=x.device)
+        return self.two(torch.cat([y[:, None], token.to(y.device, y.dtype)[:, None]], 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [*EVERY, Fresh])
+def test_a_sliced_program_moves_to_another_device(pattern) -> None:
+    program = trace(Fresh(), torch.randn(1, 3, 8, 8)) if pattern is Fresh else traced(pattern)
+    sliced = apply(program, random_plan(program, 1)).module
+    to_device(sliced, torch.device("meta"))  # has no values, and refuses what comes from elsewhere
+    outputs = tree_leaves(sliced(torch.empty(5, *program.example.shape[1:], device="meta")))
+    assert {output.device.type for output in outputs} == {"meta"}
+    sum(output.square().sum() for output in outputs).backward()
 
 
 # --- a second opinion: the original network with rows of zeros, which knows nothing of graphs -------------------------------

@@ -5,5 +5,18 @@ from toolkit.graph.memory import Memory, memory_of
 from toolkit.graph.program import Branch, Program, example_input, trace, unprunable
 from toolkit.graph.proof import prove
 from toolkit.graph.surgery import apply
+from toolkit.graph.tracing import to_device
 
-__all__ = ["Branch", "Memory", "Program", "apply", "as_module", "example_input", "memory_of", "prove", "trace", "unprunable"]
+__all__ = [
+    "Branch",
+    "Memory",
+    "Program",
+    "apply",
+    "as_module",
+    "example_input",
+    "memory_of",
+    "prove",
+    "to_device",
+    "trace",
+    "unprunable",
+]

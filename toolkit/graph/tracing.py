@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.node import map_aggregate
 
 from toolkit.errors import ModelError
 from toolkit.graph.rules import entrywise, indexing, reshaping
@@ -300,6 +301,18 @@ def fold(module: GraphModule) -> None:
     tidy(module)
     for path, wanted in made.items():
         rename(module, path, wanted)
+    module.recompile()
+
+
+def to_device(module: GraphModule, device: torch.device) -> None:
+    """Move a program's module in place: its weights and constants, and what its graph makes on a device that was written down."""
+
+    def moved(leaf: Any) -> Any:
+        return device if isinstance(leaf, torch.device) else leaf
+
+    module.to(device)
+    for node in module.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
     module.recompile()
 
 

@@ -15,10 +15,11 @@ import torch
 from torch.fx import GraphModule
 
 from toolkit.errors import ModelError
+from toolkit.graph import to_device
 from toolkit.schema import Training
 from toolkit.train import checkpoint
 from toolkit.train.losses import Goal, by_image
-from toolkit.train.network import State, placed
+from toolkit.train.network import State
 from toolkit.train.samples import Samples, batch_at
 
 Progress = Callable[[str, float, float], None]
@@ -79,7 +80,7 @@ def train(
         ModelError: the loss is no longer a number.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    placed(module, device)
+    to_device(module, device)
     named = dict(module.named_parameters())
     optimizer = optimizer_of(how, list(named.values()))
     path = folder / f"{'-'.join(re.findall(r'[a-z0-9]+', course.name))}.safetensors"

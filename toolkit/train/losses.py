@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from toolkit.errors import DataError
-from toolkit.graph import Program
+from toolkit.graph import Program, to_device
 from toolkit.schema import Training
-from toolkit.train.network import evaluated, last_features, placed, watching
+from toolkit.train.network import evaluated, last_features, watching
 from toolkit.train.samples import Samples
 
 Tensors = Sequence[torch.Tensor]
@@ -86,7 +86,7 @@ def of_dense(
     teacher = copy.deepcopy(watching(dense, names))  # where it is trained on may be another device
 
     def loss(made: Tensors, inner: Tensors, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        placed(teacher, images.device)
+        to_device(teacher, images.device)
         with torch.no_grad():
             wanted, wanted_inner = by_image(teacher, dense.batch, images)
         total = sum(distance(a, b) / s for a, b, s in zip(made, wanted, spreads, strict=True)) / len(spreads)

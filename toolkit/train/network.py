@@ -177,16 +177,6 @@ def reinitialised(program: Program, seed: int) -> State:
     return state | fresh
 
 
-def placed(module: GraphModule, device: torch.device) -> None:
-    """Move the module, and what its graph makes by itself, to a device."""
-    module.to(device)
-    told = [n for n in module.graph.nodes if n.op == "call_function" and n.kwargs.get("device", device) != device]
-    for node in told:
-        node.kwargs = {**node.kwargs, "device": device}
-    if told:
-        module.recompile()
-
-
 def evaluated(
     program: Program, images: torch.Tensor, features: Sequence[str] = ()
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
