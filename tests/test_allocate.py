@@ -229,6 +229,35 @@ def test_two_sums_stay_inside_the_budget_where_costs_are_not_affine() -> None:
     assert found.predicted_ns > 0.25 * dense
 
 
+def test_a_stream_that_grows_by_concatenation_is_exact_where_copies_cost_by_the_channel() -> None:
+    """Sums on both sides of each place, far too many totals for selectors; a knapsack over the latency is the judge."""
+    names = [f"g{index}" for index in range(16)]
+    widths, share = [4, 12, 20, 32], 0.6
+
+    def law(c_in: int, c_out: int) -> float:
+        return 400.0 + 3.0 * c_in + 5.0 * c_out
+
+    sites = [Place(f"join{k}", form(*names[:k], const=3), form(*names[: k + 1], const=3), law) for k in range(8, len(names))]
+    losses = {name: {width: (7 * index % 5 + 1) * (32 - width) / 10 for width in widths} for index, name in enumerate(names)}
+    empty = dict.fromkeys(names, 0)
+    fixed = latency_ns(sites, 0.0, empty)
+    budget = share * latency_ns(sites, 0.0, dict.fromkeys(names, 32))
+    reach = {0: 0.0}  # least loss for what the groups so far add to the latency
+    for name in names:
+        slope = round(latency_ns(sites, 0.0, {**empty, name: 1}) - fixed)
+        step: dict[int, float] = {}
+        for spent, loss in reach.items():
+            for width in widths:
+                now = spent + slope * width
+                if now <= budget - fixed:
+                    step[now] = min(step.get(now, 1e9), loss + losses[name][width])
+        reach = step
+    assert not module._Program({name: tuple(widths) for name in names}, sites, 0.0).totals
+    found = allocate([group(name, 32) for name in names], {name: widths for name in names}, losses, sites, 0.0, budget)
+    assert found.loss == pytest.approx(min(reach.values()), abs=1e-2) and found.optimality_gap == 0.0
+    assert found.predicted_ns <= budget * (1 + 1e-5)
+
+
 def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     libc = ctypes.CDLL(None)
     libc.puts(b"before")

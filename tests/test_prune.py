@@ -552,9 +552,22 @@ def test_candidate_widths_ascend_and_respect_their_limits(width, floor, least) -
     assert len(found) <= 14
 
 
-def test_groups_that_share_a_dimension_are_held_with_a_reason() -> None:
-    held = held_groups(traced(patterns.OptionA))
-    assert set(held) == {"stem", "b"} and "share a dimension" in held["b"]
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [patterns.Concat, patterns.NestedConcat, patterns.OptionA, patterns.Coordinates])
+def test_groups_that_share_a_dimension_have_the_responses_of_their_cuts(pattern) -> None:
+    program, x = traced(pattern), images(24)
+    summed = {name for form in program.forms() if len(form.terms) > 1 or form.const for name, _ in form.terms}
+    cached = cache(Engine.of(program), x)
+    sensitivity = causes.sensitivities(program, cached.engine, x)
+    assert summed and not summed.intersection(held_groups(program))
+    for name in sorted(summed):
+        width, order = program.group(name).width, list(range(program.group(name).width))
+        found = group_responses(
+            cached, cached, cached.outputs, name, [width // 2, width], {"causal": order}, sensitivity, repair=False, round_=0
+        )
+        with torch.no_grad():
+            cut_ = apply(program, {name: order[-(width // 2) :]}).module(x)
+        assert found.responses[0].distortion == pytest.approx(distortion(cut_, cached.outputs), rel=1e-3)
 
 
 def test_distortion_is_relative_to_the_spread_of_the_reference() -> None:

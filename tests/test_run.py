@@ -269,6 +269,22 @@ def test_the_same_seed_on_the_same_device_gives_the_same_plan_and_figures(tmp_pa
 
 
 @pytest.mark.slow
+def test_channels_side_by_side_are_allocated_and_the_table_knows_what_they_cost(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "net.py").write_text(networks.CONCATENATED)
+    wanted = msgspec.structs.replace(
+        request(tmp_path / "out", "0.4x"), model=f"{tmp_path / 'net.py'}:model", profile="simulated-cpu", rounds=1,
+        preprocess=Preprocess(input=(1, 1, 32, 32), mean=(0.31,), std=(0.35,)),
+    )  # fmt: skip
+    report = job.run(wanted, quiet)
+    assert report.verdict == "met" and abs(report.predicted_ns / report.measured_ns - 1) < 0.03 and report.optimality_gap == 0
+    assert report.table.held_out.mape < 0.02
+    assert [name for name, _ in report.unprunable] == ["head"]
+    cut = {group.name for group in report.groups if group.width_after < group.width_before}
+    assert cut.intersection(["one", "two"]) and cut.intersection(["grow1", "grow2"]) and "inner" in cut
+
+
+@pytest.mark.slow
 def test_a_memory_limit_is_kept_though_latency_asks_for_less(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
     wanted = msgspec.structs.replace(request(tmp_path / "out", "1x"), profile="simulated-cpu", max_memory_bytes=1.2e6)

@@ -9,8 +9,8 @@ Costs are joint in the widths on both sides of a place. Those of one group are l
 per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. A side that is a sum of groups (a
 stream that grows, a concatenation) first gets a selector per total, which then takes the part of z. Only where the totals
 are too many for that, the cost is taken as affine in the sum c for each value k of the other side: alpha_k [k] + beta_k y_k
-with y_k = c [k], sum_k y_k = c. A limit on memory is a row of the same kind for every moment of an inference:
-what the weights and the tensors alive then take is at most the limit.
+with y_k = c [k], sum_k y_k = c; between two such sums as a plane where that is close, as for copies. A limit on memory is a
+row of the same kind for every moment of an inference: what the weights and the tensors alive then take is at most the limit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from toolkit.schema import ChannelGroup, DimForm
 MAX_COMBINATIONS = 2000  # of the widths of groups in one sum, and of the totals on both sides of one place
 MAX_TOTALS = 64  # values of a sum of groups that get a selector each
 TIE_BREAK = 1e-5  # worth of the whole budget, as a share of the largest loss
+PLANE = 0.05  # of its largest cost, how far a place between two sums may be off the plane that stands for it
 CORRECTIONS = 8  # of budget and memory, where affine costs were too hopeful
 TOLERANCE = 1e-6  # of the solver, on the budget
 
@@ -326,7 +327,18 @@ class _Program:
             self.rows.append(({**terms, selector: -1.0}, 0.0, 0.0))
 
     def _add_affine(self, resource: int, site: SiteCost) -> None:
-        """Costs affine in the side that takes more values, for each value of the other side."""
+        """Costs affine in the side that takes more values, for each value of the other side; without selectors where both are
+        sums and a plane is good enough, as where tensors are copied side by side.
+        """
+        plane = self._plane(site) if min(len(self._varying(form)) for form in (site.c_in, site.c_out)) > 1 else None
+        if plane is not None:
+            self.constants[resource] += plane[0]
+            for form, slope in zip((site.c_in, site.c_out), plane[1:], strict=True):
+                terms, const = self._expression(form)
+                self.constants[resource] += slope * const
+                for column, value in terms.items():
+                    self._charge(resource, column, slope * value)
+            return
         swapped = len(self._values(site.c_in)) < len(self._values(site.c_out))
         inner, outer = (site.c_in, site.c_out) if swapped else (site.c_out, site.c_in)
         low, high = self._range(outer)
@@ -343,6 +355,16 @@ class _Program:
             self.rows.append(({part: 1.0, selector: -float(low)}, 0.0, math.inf))
         terms, const = self._expression(outer)
         self.rows.append(({**split, **{column: -value for column, value in terms.items()}}, const, const))
+
+    def _plane(self, site: SiteCost) -> tuple[float, float, float] | None:
+        """(constant, slope in, slope out) of the plane through the site's costs; None where it is off by more than PLANE."""
+        sides = [np.linspace(*self._range(form), 5).round().astype(int) for form in (site.c_in, site.c_out)]
+        cells = [(a, b) for a, b in itertools.product(*map(np.unique, sides)) if a and b]
+        costs = np.array([site.cost(int(a), int(b)) for a, b in cells])
+        basis = np.array([(1.0, a, b) for a, b in cells])
+        found = np.linalg.lstsq(basis, costs)[0]
+        off = float(np.abs(basis @ found - costs).max())
+        return (float(found[0]), float(found[1]), float(found[2])) if off <= PLANE * float(costs.max()) else None
 
     def _selectors(self, form: DimForm) -> dict[int, Column]:
         """A column for each value of the form, 1 where it has that value; the group's own one-hots where it is one group."""

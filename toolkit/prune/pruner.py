@@ -249,11 +249,7 @@ def probe(dense: Program, widths: Mapping[str, int]) -> Program:
 
 def held_groups(program: Program) -> dict[str, str]:
     """Groups that this version leaves whole though they could be cut, with the reason."""
-    held = {}
-    for form in program.forms():
-        if len(form.terms) > 1:
-            for name, _ in form.terms:
-                held[name] = "its channels share a dimension with another group's; such sums are not allocated yet"
+    held: dict[str, str] = {}
     permuted = {program.form(e) for n, (_, axis, _) in program.shuffles.items() if (e := program.dims[n][axis]) is not None}
     for group in program.prunable:
         if reason := unscored(program, group):
