@@ -140,7 +140,7 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table_of(rows: Sequence[dict[str, Any]], extra: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="At one budget", title_justify="left")
     for heading in ("method", "seeds", "met", "of dense", "MACs", "top-1", "loses, points", "prune and train, min"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
     for row in rows:
         if not row["seeds"]:
             table.add_row(row["row"], "0", "failed")
