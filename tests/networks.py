@@ -68,7 +68,7 @@ def model():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
 """
 
-# Likewise: channels side by side, a stream that grows by concatenation, and a shortcut padded with zeros.
+# Likewise: channels side by side, halves of one layer, a stream that grows by concatenation, and a shortcut padded with zeros.
 CONCATENATED = """
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,8 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.stem(x))
-        x = F.relu(torch.cat([self.one(x), self.two(x)], 1))
+        half, rest = self.one(x).chunk(2, 1)
+        x = F.relu(torch.cat([half, self.two(x), rest], 1))
         for layer in (self.grow1, self.grow2):
             x = torch.cat([x, F.relu(layer(x))], 1)
         x = F.relu(self.down(x))

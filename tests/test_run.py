@@ -14,14 +14,17 @@ from types import SimpleNamespace
 import msgspec
 import networks
 import numpy as np
+import patterns
 import pytest
 
 from toolkit import run as job
 from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError, UsageError
+from toolkit.graph import example_input, trace
 from toolkit.run import loop
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
+from toolkit.run.prepare import allocatable, variant_maker
 from toolkit.schema import DimForm, Plan, Preprocess, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
@@ -266,6 +269,22 @@ def test_the_same_seed_on_the_same_device_gives_the_same_plan_and_figures(tmp_pa
         plans.append(load_json(Plan, tmp_path / name / "out" / "plan.json"))
     assert plans[0].groups == plans[1].groups and any(len(group.kept) < group.width_before for group in plans[0].groups)
     assert reports[0].measured_ns == reports[1].measured_ns and reports[0].accuracy_pruned == reports[1].accuracy_pruned
+
+
+# What an exporter may write in another way at other widths: parts of a split, ends of slices, groups of convolutions, heads.
+SPELLED = (
+    patterns.CrossStage, patterns.Hierarchy, patterns.Reversible, patterns.PartialConvolution,
+    patterns.Grouped, patterns.GroupedTwice, patterns.TransposedGrouped, patterns.ResNeXt, patterns.MultiheadSecond,
+    patterns.Concat, patterns.OptionA,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", SPELLED)
+def test_a_networks_variants_are_those_of_its_exports(pattern) -> None:
+    program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
+    free, _ = allocatable(program)
+    variant_maker(program, free, 1, quiet)  # holds its variant against one more export, and would raise
 
 
 @pytest.mark.slow

@@ -156,6 +156,16 @@ class Program:
         found = {self.form(entries) for dims in self.dims.values() for entries in dims if entries is not None}
         return {f for f in found if f.terms}
 
+    def counts(self) -> set[DimForm]:
+        """Forms of what counts parts of a dimension, as an exported operator is told it: heads, and groups of a convolution."""
+        divided = {conv_groups(n) for n in self.module.graph.nodes if n.target in (*CONVOLUTIONS, *TRANSPOSED)}
+        return {
+            DimForm(const=0, terms=((g.name, number // g.width),))
+            for g in self.groups
+            for number in {g.width, *divided}
+            if number % g.width == 0
+        }
+
     def macs(self) -> int:
         """Multiply-accumulates of convolutions, linears and matrix products for one image."""
         return sum(node_macs(self, n) for n in self.module.graph.nodes)

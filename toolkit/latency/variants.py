@@ -291,19 +291,38 @@ def _light(model: Any) -> Any:
 
 
 def _spell_out(model: Any) -> None:
-    """Give every Reshape the sizes it arrives at: where one export leaves a size to be inferred another may not."""
+    """Give every Reshape the sizes it arrives at, every Split those of its parts, and every Slice an end inside its tensor: where
+    one export leaves them to be inferred another may not.
+    """
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     shapes = _shapes(model)
+
+    def spelled(name: str, sizes: Sequence[int]) -> str:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), name))
+        return name
+
     for index, node in enumerate(model.graph.node):
+        if node.op_type == "Split" and len(node.input) == 1:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            sizes = [dims[axis] for dims in (shapes.get(name, []) for name in node.output) if dims]
+            if len(sizes) == len(node.output) and min(sizes) > 0:
+                node.input.append(spelled(f"{node.output[0]}.sizes", sizes))
+                kept = [a for a in node.attribute if a.name != "num_outputs"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        if node.op_type == "Slice" and len(node.input) > 3 and node.input[2] in constants and node.input[3] in constants:
+            dims = shapes.get(node.input[0], [])
+            ends, axes = (numpy_helper.to_array(constants[name]).tolist() for name in node.input[2:4])
+            if len(dims) > max(axes) and any(0 < dims[axis] < end for end, axis in zip(ends, axes, strict=True)):
+                known = [min(end, dims[axis] or end) for end, axis in zip(ends, axes, strict=True)]
+                node.input[2] = spelled(f"{node.output[0]}.ends", known)
         if node.op_type != "Reshape" or node.input[1] not in constants:
             continue
         asked, dims = numpy_helper.to_array(constants[node.input[1]]), shapes.get(node.output[0], [])
         if (asked <= 0).any() and len(dims) == len(asked) and min(dims, default=0) > 0:
-            name = f"{node.input[1]}.{index}"
-            model.graph.initializer.append(numpy_helper.from_array(np.array(dims, np.int64), name))
-            node.input[1] = name
+            node.input[1] = spelled(f"{node.input[1]}.{index}", dims)
 
 
 def _is_large(tensor: Any) -> bool:

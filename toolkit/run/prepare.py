@@ -298,7 +298,7 @@ def variant_maker(
 ) -> VariantMaker:
     """The maker of this program's width variants, solved from real exports and checked against one more."""
     free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
-    forms = [folded(f, free) for f in program.forms()]
+    forms = [folded(f, free) for f in program.forms() | program.counts()]
     forms = sorted({f for f in forms if f.terms}, key=lambda f: (f.terms, f.const))
     dense_widths = {g.name: g.width for g in program.groups}
     probes = choose_probe_widths(free, forms, seed)
