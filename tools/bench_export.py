@@ -38,6 +38,19 @@ ZOO = (
     "timm:ghostnet_050",
 )  # fmt: skip
 
+# Some begin with a classifier of zeros, whose outputs would agree whatever comes before.
+MODEL = """import torch
+import {package}
+
+def model():
+    torch.manual_seed(0)
+    network = {made}.eval()
+    for weight in network.parameters():
+        if weight.ndim > 1 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    return network
+"""
+
 
 def edgekit(arguments: list[str]) -> tuple[int, str, str, float]:
     """(exit code, stdout, stderr, seconds) of the command."""
@@ -49,14 +62,8 @@ def edgekit(arguments: list[str]) -> tuple[int, str, str, float]:
 def model_arguments(name: str, folder: Path) -> list[str]:
     """How the command line is told of a model of torchvision or timm, with random weights."""
     zoo, _, own = name.rpartition(":")
-    if zoo:
-        text = f"import timm, torch\n\n\ndef model():\n    torch.manual_seed(0)\n    return timm.create_model({own!r}).eval()\n"
-    else:
-        text = (
-            "import torch, torchvision\n\n\ndef model():\n    torch.manual_seed(0)\n"
-            f"    return torchvision.models.get_model({own!r}, weights=None).eval()\n"
-        )
-    (folder / "zoo.py").write_text(text)
+    made = f"timm.create_model({own!r})" if zoo else f"torchvision.models.get_model({own!r}, weights=None)"
+    (folder / "zoo.py").write_text(MODEL.format(package="timm" if zoo else "torchvision", made=made))
     return [f"{folder / 'zoo.py'}:model", "--input", "1x3x224x224", "--crop", "224"]
 
 

@@ -158,13 +158,16 @@ class Program:
 
     def counts(self) -> set[DimForm]:
         """Forms of what counts parts of a dimension, as an exported operator is told it: heads, and groups of a convolution."""
-        divided = {conv_groups(n) for n in self.module.graph.nodes if n.target in (*CONVOLUTIONS, *TRANSPOSED)}
-        return {
-            DimForm(const=0, terms=((g.name, number // g.width),))
-            for g in self.groups
-            for number in {g.width, *divided}
-            if number % g.width == 0
-        }
+        found = {DimForm(const=0, terms=((g.name, 1),)) for g in self.groups}
+        for node in self.module.graph.nodes:
+            if node.target in (*CONVOLUTIONS, *TRANSPOSED) and conv_groups(node) > 1:
+                sides = (self.dims[name][1] for name in (operand(node, 0).name, node.name))
+                owners = {name for side in sides if side is not None for name, _ in self.form(side).terms}
+                for name in owners:
+                    each, rest = divmod(conv_groups(node), self.group(name).width)
+                    if not rest:
+                        found.add(DimForm(const=0, terms=((name, each),)))
+        return found
 
     def macs(self) -> int:
         """Multiply-accumulates of convolutions, linears and matrix products for one image."""
