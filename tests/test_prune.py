@@ -577,6 +577,12 @@ def test_distortion_is_relative_to_the_spread_of_the_reference() -> None:
     assert joined([torch.ones(2, 3), torch.zeros(2, 1, 2)]).shape == (2, 5)
 
 
+def test_a_group_that_a_split_deals_out_is_held() -> None:
+    assert set(held_groups(traced(patterns.UnevenChunks))) == {"a"}
+    assert "deals its channels out" in held_groups(traced(patterns.UnevenChunks))["a"]
+    assert not held_groups(traced(patterns.Reversible))  # halves that go different ways are groups of their own
+
+
 def test_a_group_that_a_convolution_runs_across_is_held() -> None:
     across = next(p for p in patterns.PATTERNS if "local" in dict(p().named_modules()))
     assert "looks at all its channels" in held_groups(traced(across))["a"]

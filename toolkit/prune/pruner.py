@@ -250,6 +250,14 @@ def probe(dense: Program, widths: Mapping[str, int]) -> Program:
 def held_groups(program: Program) -> dict[str, str]:
     """Groups that this version leaves whole though they could be cut, with the reason."""
     held: dict[str, str] = {}
+    full = {g.name: g.width for g in program.groups}
+    for entries in (e for dims in program.dims.values() for e in dims if e is not None):
+        form = program.form(entries)
+        if form.terms and form.at(full) != len(entries):
+            held |= {
+                name: "a split deals its channels out; what is left of each part depends on which of them stay"
+                for name, _ in form.terms
+            }
     permuted = {program.form(e) for n, (_, axis, _) in program.shuffles.items() if (e := program.dims[n][axis]) is not None}
     for group in program.prunable:
         if reason := unscored(program, group):
