@@ -223,7 +223,10 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         text += f"; error {max(r['proof_error'] for r in done):.1e} at most; grouping and surgery {max(cut):.1f} s at most"
         text += f", with the proof {max(whole):.1f} s, over 30 s in {sum(seconds > 30 for seconds in whole)}"
     if theirs:
-        text += f"; Torch-Pruning {sum('seconds' in r for r in theirs)} of {len(theirs)}"
+        both = [(r["edgekit"], r["torch_pruning"]) for r in results.values() if "seconds" in r.get("torch_pruning", {})]
+        ours_s, theirs_s = sum(o["grouping_s"] + o["surgery_s"] for o, _ in both), sum(t["seconds"] for _, t in both)
+        text += f"; Torch-Pruning {len(both)} of {len(theirs)}, on those CPU seconds {theirs_s:.0f} against {ours_s:.0f}"
+        text += f" and {sum(o['export_s'] for o, _ in both):.0f} for torch.export"
     return text
 
 

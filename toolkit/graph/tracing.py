@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from toolkit.errors import ModelError
 from toolkit.graph.rules import entrywise, indexing, reshaping
@@ -307,13 +308,18 @@ def fold(module: GraphModule) -> None:
 def to_device(module: GraphModule, device: torch.device) -> None:
     """Move a program's module in place: its weights and constants, and what its graph makes on a device that was written down."""
 
+    def elsewhere(leaf: Any) -> bool:
+        return isinstance(leaf, torch.device) and leaf != device
+
     def moved(leaf: Any) -> Any:
-        return device if isinstance(leaf, torch.device) else leaf
+        return device if elsewhere(leaf) else leaf
 
     module.to(device)
-    for node in module.graph.nodes:
+    told = [n for n in module.graph.nodes if any(map(elsewhere, tree_leaves((n.args, n.kwargs))))]
+    for node in told:
         node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
-    module.recompile()
+    if told:  # compiling takes longer than a step of training, which asks for this at each
+        module.recompile()
 
 
 def rename(module: GraphModule, path: str, wanted: str) -> None:
