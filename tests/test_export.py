@@ -53,6 +53,29 @@ def test_the_opset_asked_for_is_the_one_written(opset: int) -> None:
 
 
 @pytest.mark.slow
+def test_nodes_are_called_by_their_modules_and_nothing_says_where_the_file_was_made() -> None:
+    class Fire(nn.Module):
+        def __init__(self, wide: int) -> None:
+            super().__init__()
+            self.squeeze, self.norm = nn.Conv2d(wide, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.one, self.three = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.squeeze(x))
+            return torch.cat([self.one(x), self.three(x)], 1)
+
+    model = to_onnx(program(nn.Sequential(Fire(3), nn.ReLU(), nn.Sequential(Fire(16)))))
+    inside = (".squeeze/Conv", ".one/Conv", ".three/Conv", "/Concat")
+    assert [node.name for node in model.graph.node] == [
+        *(f"0{name}" for name in inside),
+        "1/Relu",
+        *(f"2.0{name}" for name in inside),
+    ]
+    written = model.SerializeToString()
+    assert all(words not in written for words in (str(Path(__file__).parent).encode(), b".py", b"stack_trace", b"aten"))
+
+
+@pytest.mark.slow
 def test_an_opset_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(ModelError, match="opset"):
         to_onnx(program(), opset=9)

@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("tools/quickstart", "tools/test", "tools/check", ".ci/run")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*")), ids=lambda path: path.name)
+def test_what_names_its_interpreter_can_be_started(path: Path) -> None:
+    assert path.is_dir() or path.read_text(encoding="utf-8").startswith("#!") == os.access(path, os.X_OK)
+
+
 def bash(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", script], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
 

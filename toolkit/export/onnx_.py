@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,32 @@ def to_onnx(program: Program, batch: int = 1, opset: int = OPSET) -> Any:
         ) from error
     finally:
         quiet.setLevel(level)
-    return checked_opset(simplified(model), opset)
+    return checked_opset(without_notes(simplified(model)), opset)
+
+
+def without_notes(model: Any) -> Any:
+    """The model without the exporter's notes, its nodes called by their place: `features.3/Concat`.
+
+    The notes are a stack trace for every node, with the paths of this machine and lines of the model's code: nothing to
+    ship, and a sixth of a small network's file. What runs a network on a device lists it by the names of its nodes.
+    """
+    graph, taken = model.graph, Counter[str]()
+    for node in graph.node:
+        place = f"{_module_of(node)}/{node.op_type}"
+        node.name = place + (f"_{taken[place]}" if taken[place] else "")
+        taken[place] += 1
+    for noted in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del noted.metadata_props[:]
+    return model
+
+
+def _module_of(node: Any) -> str:
+    """The path of the module that a node stands in: its weight's, else what the exporter noted; empty for the outermost."""
+    for name in node.input:
+        if name.endswith(".weight"):
+            return str(name.removesuffix(".weight"))
+    noted = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return next((name for name in reversed(ast.literal_eval(noted)[:-1]) if name), "")
 
 
 def weights_bytes(model: Any) -> int:
