@@ -12,11 +12,13 @@ from toolkit.graph import Program
 
 
 def save_program(program: Program, path: Path) -> None:
-    """`torch.export` archive; runs any batch size where the model allows it."""
+    """`torch.export` archive without the stack traces of its nodes; runs any batch size where the model allows it."""
     shapes = None if program.batch else ({0: torch.export.Dim.AUTO},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(program.module, (program.example,), dynamic_shapes=shapes, strict=False)
+        for node in (n for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes):
+            node.meta.pop("stack_trace", None)
         torch.export.save(exported, path)
 
 
