@@ -25,8 +25,16 @@ def exports() -> list[tuple[dict[str, int], Any]]:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latency tables that whole runs of the bundled model share: measuring one takes a minute."""
+    """Latency tables that whole runs share: measuring one takes a minute."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def strided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small trained network, as fields of a request, for whole runs on this machine; the bundled one is run as README says."""
+    from networks import trained
+
+    return trained(tmp_path_factory.mktemp("strided"))
 
 
 @pytest.fixture(scope="session")

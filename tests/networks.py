@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,7 +69,35 @@ def model():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
 """
 
-# Likewise: channels side by side, halves of one layer, a stream that grows by concatenation, and a shortcut padded with zeros.
+
+def trained(folder: Path) -> dict[str, Any]:
+    """STRIDED after four epochs on the bundled digits, about 96 % right: the fields of a `RunRequest` that name it."""
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn.functional import cross_entropy
+
+    from toolkit import demo
+
+    path, weights = folder / "net.py", folder / "weights.safetensors"
+    path.write_text(STRIDED)
+    made: dict[str, Any] = {}
+    exec(STRIDED, made)
+    model = made["model"]()
+    with np.load(demo.data_path()) as digits:
+        images, labels = torch.from_numpy(digits["images"]).permute(0, 3, 1, 2) / 255, torch.from_numpy(digits["labels"]).long()
+    how = demo.preprocess()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for batch in torch.randperm(len(images), generator=generator).split(64):
+            optimizer.zero_grad()
+            cross_entropy(model((images[batch] - how.mean[0]) / how.std[0]), labels[batch]).backward()
+            optimizer.step()
+    save_file(model.state_dict(), weights)
+    return {"model": f"{path}:model", "weights": str(weights), "preprocess": how}
+
+
+# As STRIDED: channels side by side, halves of one layer, a stream that grows by concatenation, and a shortcut padded with zeros.
 CONCATENATED = """
 import torch
 import torch.nn.functional as F

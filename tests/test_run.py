@@ -54,13 +54,13 @@ def verify(folder: Path) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, shared_cache) -> Path:
-    """One run of the bundled model with a table of its own."""
+def finished(tmp_path_factory, shared_cache, strided) -> Path:
+    """Runs of a small network on this machine."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEKIT_CACHE", str(shared_cache))
-        assert until_met(request(folder / "out", "0.6x")).verdict == "met"
-        job.run(request(folder / "free", "none"), quiet)
+        assert until_met(msgspec.structs.replace(request(folder / "out", "0.6x"), **strided)).verdict == "met"
+        job.run(msgspec.structs.replace(request(folder / "free", "none"), **strided), quiet)
     return folder
 
 
@@ -73,18 +73,18 @@ def test_a_run_is_verified_from_outside(finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_left_to_itself_the_precision_is_the_one_that_loses_less(finished, shared_cache, monkeypatch) -> None:
+def test_left_to_itself_the_precision_is_the_one_that_loses_less(tmp_path, shared_cache, strided, monkeypatch) -> None:
     """At a quarter of the dense latency eight bits and a little pruning beat pruning alone, tables and verdict included."""
     monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
-    wanted = msgspec.structs.replace(request(finished / "auto", "0.25x"), precision="auto", profile="local-openvino")
-    report = until_met(wanted)
+    wanted = request(tmp_path / "auto", "0.25x")
+    report = until_met(msgspec.structs.replace(wanted, precision="auto", profile="local-openvino", **strided))
     assert (report.verdict, report.precision) == ("met", "int8")
     lost = {choice.precision: choice.distortion for choice in report.precision_choices}
     assert set(lost) == {"fp32", "int8"} and (lost["fp32"] is None or lost["int8"] < lost["fp32"])
     alone, found = report.quantized_dense, report.quantization
     assert alone is not None and found is not None and alone.ratio < 1 and found.layers > 0
     assert report.accuracy_pruned >= report.accuracy_dense - 0.02
-    code, text = verify(finished / "auto")
+    code, text = verify(tmp_path / "auto")
     assert (code, text.splitlines()[-1]) == (0, "VERIFIED"), text
 
 
@@ -182,61 +182,23 @@ def test_report_and_files_agree(finished) -> None:
     assert report.parameters_pruned < report.parameters_dense and report.macs_pruned < report.macs_dense
     assert report.proof_max_relative_error <= 1e-9
     assert 0.5 < report.prunable_latency_share <= 1.0
-    assert report.accuracy_dense is not None and report.accuracy_dense >= 0.97
+    assert report.accuracy_dense is not None and report.accuracy_dense >= 0.9
     assert {g.name for g in report.groups} == {
         g["name"] for g in json.loads((finished / "out" / "groups.json").read_text())["groups"]
     }
     assert not list((finished / "out").glob(".*"))
 
 
-def falsified(folder: Path, **changes: object) -> None:
-    path = folder / "report.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def swapped(folder: Path) -> None:
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(folder / "model.onnx")
-    first = model.graph.initializer[0]
-    first.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(first) * 1.01, first.name))
-    onnx.save(model, folder / "model.onnx")
-
-
-def dense_instead(folder: Path) -> None:
-    """The dense file under the pruned one's name, with the manifest made to fit."""
-    import hashlib
-
-    shutil.copy(folder / "dense.onnx", folder / "model.onnx")
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for artefact in manifest["artefacts"]:
-        if artefact["path"] == "model.onnx":
-            artefact["sha256"] = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
-            artefact["size_bytes"] = (folder / "model.onnx").stat().st_size
-    path.write_text(json.dumps(manifest))
-
-
-def edited_plan(folder: Path) -> None:
-    path = folder / "plan.json"
-    plan = json.loads(path.read_text())
-    group = next(g for g in plan["groups"] if 0 < g["width_after"] < g["width_before"])
-    group["kept"] = sorted({*range(group["width_before"])} - {*group["kept"]})[: group["width_after"]]
-    path.write_text(json.dumps(plan))
-
-
 @pytest.mark.slow
 @pytest.mark.timed
-@pytest.mark.parametrize(
-    "tamper",
-    [swapped, edited_plan, lambda folder: falsified(folder, measured_ns=1e5), dense_instead],
-    ids=["swap", "plan", "time", "dense"],
-)
-def test_verify_fails_on_a_tampered_run(finished, tmp_path, tamper) -> None:
+def test_verify_fails_on_a_tampered_run(finished, tmp_path) -> None:
+    """As many channels, but others; test_verify.py has all the ways."""
     folder = tmp_path / "out"
     shutil.copytree(finished / "out", folder)
-    tamper(folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    group = next(g for g in plan["groups"] if 0 < g["width_after"] < g["width_before"])
+    group["kept"] = sorted({*range(group["width_before"])} - {*group["kept"]})[: group["width_after"]]
+    (folder / "plan.json").write_text(json.dumps(plan))
     code, text = verify(folder)
     assert code == 1 and text.splitlines()[-1].startswith("NOT VERIFIED"), text
 

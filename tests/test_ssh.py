@@ -691,11 +691,12 @@ def test_an_engine_for_a_device_is_left_to_its_own_tool(network: Path, tmp_path:
 @needs_sshd
 @pytest.mark.slow
 @pytest.mark.timed
-def test_a_run_on_a_board_is_a_run(place: Board, tmp_path: Path, shared_cache: Path) -> None:
+def test_a_run_on_a_board_is_a_run(place: Board, tmp_path: Path, shared_cache: Path, strided: dict[str, Any]) -> None:
     """With the table of runs here, where there are some; tools/bench_ssh.py --run holds its plan against theirs."""
     from toolkit.demo import data_path, eval_path
 
-    words = ["run", "demo", "--data", str(data_path()), "--eval-data", str(eval_path()), "--budget", "0.6x", "--samples", "96"]
+    words = ["run", strided["model"], "--weights", strided["weights"], "--input", "1x1x32x32", "--mean", "0.31", "--std", "0.35"]
+    words += ["--data", str(data_path()), "--eval-data", str(eval_path()), "--budget", "0.6x", "--samples", "96"]
     words += ["--rounds", "1", "--on", place.url, "-o", str(tmp_path / "out")]
     environment = {**os.environ, "EDGEKIT_SSH_CONFIG": str(place.config()), "EDGEKIT_CACHE": str(shared_cache)}
     command = [sys.executable, "-m", "toolkit", *words]

@@ -84,17 +84,18 @@ class Simulated:
         if self._of.noise:
             left *= 1 + self._of.noise * math.exp(0.7 * self._random.gauss(0, 1))
         while left > 0:
-            speed = self._clock() * math.exp(self._speed) * (1 - self._of.burst.takes if self._foreign else 1)
+            clock = self._clock()
+            speed = clock * math.exp(self._speed) * (1 - self._of.burst.takes if self._foreign else 1)
             step = min(left / speed, _STEP_NS, max(1.0, self._until_ns - self._now_ns))
             left -= step * speed
-            self._pass(step)
+            self._pass(step, clock)
             if left < 1e-6:
                 break
         return self._now_ns - began_ns
 
-    def _pass(self, step_ns: float) -> None:
-        """Let a short time of work go by."""
-        drift, burst, heat, clock = self._of.drift, self._of.burst, self._of.heat, self._clock()
+    def _pass(self, step_ns: float, clock: float) -> None:
+        """Let a short time of work at this share of the full clock go by."""
+        drift, burst, heat = self._of.drift, self._of.burst, self._of.heat
         self._now_ns += step_ns
         if drift.deviation:
             kept = math.exp(-step_ns / 1e9 / drift.correlation_s)
@@ -113,8 +114,8 @@ class Simulated:
 
     def _clock(self) -> float:
         """Share of the full clock."""
-        heat = self._of.heat
-        return max(0.2, 1 - heat.slope * max(0.0, self._heat_c - heat.limit_c))
+        over_c = self._heat_c - self._of.heat.limit_c
+        return 1.0 if over_c <= 0 else max(0.2, 1 - self._of.heat.slope * over_c)
 
     def _next_switch(self) -> float:
         """When foreign load next comes or goes."""

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from toolkit.latency.formula import WORTH, Cells, Floats, Formula, left_out_error
 from toolkit.schema import AlignmentEvidence, RegimeEvidence
 
+Known = dict[tuple[bool, bytes, bytes], float]  # errors by form, padded channels and times
+
 STEPS = (1, 4, 8, 16, 32, 64)
 BLOCKS = (0, 8, 16, 32)
 MULTIPLES = (1, 4, 8, 16)
@@ -72,11 +74,12 @@ class Observations:
 
 def probe_alignment(keys: Sequence[Observations]) -> Alignment:
     """The alignment whose formulas predict left-out channel pairs best: steps first, then field by field."""
-    forms = [likely_form(data) for data in keys]
-    best, error = Alignment(), alignment_error(keys, Alignment(), forms)
+    known: Known = {}
+    forms = [likely_form(data, known) for data in keys]
+    best, error = Alignment(), alignment_error(keys, Alignment(), forms, known)
     plain = [Alignment(step_in, step_out) for step_in in STEPS for step_out in STEPS]
     for tried in [*plain[1:], *(Alignment(step, step, step) for step in STEPS[1:])]:
-        found = alignment_error(keys, tried, forms)
+        found = alignment_error(keys, tried, forms, known)
         if found < error * WORTH:
             best, error = tried, found
     choices = {
@@ -88,7 +91,7 @@ def probe_alignment(keys: Sequence[Observations]) -> Alignment:
         for name, values in choices.items():
             for value in values:
                 tried = replace(best, **{name: value})
-                found = alignment_error(keys, tried, forms) if tried != best else error
+                found = alignment_error(keys, tried, forms, known) if tried != best else error
                 if found < error * WORTH:
                     best, error = tried, found
         if best == before:
@@ -96,29 +99,36 @@ def probe_alignment(keys: Sequence[Observations]) -> Alignment:
     return best
 
 
-def likely_form(data: Observations) -> Formula:
+def likely_form(data: Observations, known: Known) -> Formula:
     """The sum, or the maximum where that is clearly better at its best step: a kink must not pass for a regime."""
 
     def least(form: Formula) -> float:
         tried = (Alignment(step, step) for step in STEPS[:4])
-        return min(left_out_error(replace(form, step_out=a.step_out), data.cells(a), data.latency) for a in tried)
+        return min(_error(form, data.cells(alignment), data.latency, known) for alignment in tried)
 
     plain, roof = Formula(np.zeros(7)), Formula(np.zeros(4), np.zeros(4))
     return roof if least(roof) < CLEARLY * least(plain) else plain
 
 
-def alignment_error(keys: Sequence[Observations], alignment: Alignment, forms: Sequence[Formula]) -> float:
+def alignment_error(keys: Sequence[Observations], alignment: Alignment, forms: Sequence[Formula], known: Known) -> float:
     """Absolute error on left-out channel pairs over all time, each key with its form."""
     total = weight = 0.0
-    for data, likely in zip(keys, forms, strict=True):
+    for data, form in zip(keys, forms, strict=True):
         for regime in sorted(set(data.regimes(alignment))):
             part = data.select(alignment, regime)
-            form = replace(likely, step_out=alignment.step_out)
             spent = float(part.latency.sum())
             judged = part if len(part.latency) >= MIN_SAMPLES else data  # as the fit does it
-            total += left_out_error(form, judged.cells(alignment), judged.latency) * spent
+            total += _error(form, judged.cells(alignment), judged.latency, known) * spent
             weight += spent
     return total / weight if weight else 0.0
+
+
+def _error(form: Formula, cells: Cells, latency: Floats, known: Known) -> float:
+    """`left_out_error` of a form without waves, once for all alignments that pad these channels alike."""
+    key = (form.slower is None, cells.tobytes(), latency.tobytes())
+    if key not in known:
+        known[key] = left_out_error(form, cells, latency)
+    return known[key]
 
 
 def evidence(kind: str, keys: Sequence[Observations], alignment: Alignment) -> AlignmentEvidence:
@@ -127,11 +137,12 @@ def evidence(kind: str, keys: Sequence[Observations], alignment: Alignment) -> A
     for data in keys:
         for regime, kernels in zip(data.regimes(alignment), data.kernels, strict=True):
             seen.setdefault(regime, Counter())[kernels] += 1
-    forms = [likely_form(data) for data in keys]
+    known: Known = {}
+    forms = [likely_form(data, known) for data in keys]
     return AlignmentEvidence(
         kind=kind,
-        error=round(alignment_error(keys, alignment, forms), 5),
-        error_without=round(alignment_error(keys, Alignment(), forms), 5),
+        error=round(alignment_error(keys, alignment, forms, known), 5),
+        error_without=round(alignment_error(keys, Alignment(), forms, known), 5),
         regimes=tuple(
             RegimeEvidence(regime=name, samples=found.total(), kernels=tuple(found.most_common(3)))
             for name, found in sorted(seen.items())

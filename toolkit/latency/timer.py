@@ -62,11 +62,14 @@ class Timer:
         order = ["reference", *(["own", "anchor", "anchor", "own"] * (MAX_ROUNDS // 2))]
         left_s = max(0.1, end - self.now_s())
         made = self._rig.timed((visits[name] for name in order), first=1, group=2, least=MIN_ROUNDS, within_s=left_s)
+        ratios: list[float] = []  # of own to anchor, a round each
         for position, name in enumerate(order):
             one = next(made)
             taken[name].append(one.samples_ns)
-            if position and position % 2 == 0 and self._enough(taken, one.at_ns / 1e9 >= end):
-                break
+            if position and position % 2 == 0:
+                ratios.append(float(np.median(taken["own"][-1]) / np.median(taken["anchor"][-1])))
+                if self._enough(ratios, one.at_ns / 1e9 >= end):
+                    break
         self._rig.unload(own.what)
         level = {name: undisturbed(np.concatenate(samples), NETWORK_SHARE) for name, samples in taken.items()}
         return NetworkSample(
@@ -79,13 +82,11 @@ class Timer:
             lost_ns=lost,
         )
 
-    def _enough(self, taken: Mapping[str, Sequence[Times]], late: bool) -> bool:
+    def _enough(self, ratios: Sequence[float], late: bool) -> bool:
         """Whether to stop: enough rounds, and no time left or a ratio that is known well."""
-        rounds = len(taken["own"])
+        rounds = len(ratios)
         if rounds < MIN_ROUNDS:
             return False
-        pairs = zip(taken["own"], taken["anchor"], strict=True)
-        ratios = np.array([np.median(own) / np.median(anchor) for own, anchor in pairs])
         error = float(np.std(ratios, ddof=1) / np.mean(ratios)) / rounds**0.5
         return late or rounds >= MAX_ROUNDS or (rounds >= SURE_ROUNDS and error < SURE)
 
