@@ -25,13 +25,6 @@ RECIPES = st.builds(Recipe, st.sampled_from(SIZES), PARTS, parts(HEADS), st.inte
 
 
 @pytest.mark.slow
-@settings(max_examples=3, deadline=None)
-@given(RECIPES)
-def test_a_few_random_networks_are_cut_exactly(recipe) -> None:
-    examine(recipe, 1)
-
-
-@pytest.mark.slow
 def test_a_shuffle_after_a_join_that_went_with_its_branch() -> None:
     parts = "('normed_weight', 6, 0), ('tied', 2, 58), ('hourglass', 15, 0), ('shuffle', 7, 360)"
     examine(Recipe.parse(f"(6, [{parts}], ('pooled', 1, 0), 3058)"), 3058)

@@ -161,9 +161,11 @@ def test_the_budget_that_is_named_has_room_for_what_the_floor_may_be_off(valid: 
 
 
 @pytest.mark.slow
-def test_a_budget_under_the_floor_is_refused_before_pruning_and_the_smallest_that_is_named_is_met(tmp_path, monkeypatch) -> None:
+def test_a_budget_under_the_floor_is_refused_before_pruning_and_the_smallest_that_is_named_is_met(
+    tmp_path, strided, monkeypatch
+) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
-    kept = {"profile": "simulated-cpu", "keep": ("conv1", "stages.0.*")}  # a floor of milliseconds
+    kept = {"profile": "simulated-cpu", "keep": ("0",), **strided}
     with pytest.raises(
         BudgetError, match=r"under the floor: .*measured.*; [1-9]\d% of its multiply-accumulates may be"
     ) as caught:
@@ -266,15 +268,16 @@ def test_channels_side_by_side_are_allocated_and_the_table_knows_what_they_cost(
 
 
 @pytest.mark.slow
-def test_a_memory_limit_is_kept_though_latency_asks_for_less(tmp_path, monkeypatch) -> None:
+def test_a_memory_limit_is_kept_though_latency_asks_for_less(tmp_path, strided, monkeypatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
-    wanted = msgspec.structs.replace(request(tmp_path / "out", "1x"), profile="simulated-cpu", max_memory_bytes=1.2e6)
+    limit = 2e5
+    wanted = msgspec.structs.replace(request(tmp_path / "out", "1x"), profile="simulated-cpu", max_memory_bytes=limit, **strided)
     report = job.run(wanted, quiet)
     assert (
-        report.verdict == "met" and report.memory_pruned_bytes <= report.memory_limit_bytes == 1.2e6 < report.memory_dense_bytes
+        report.verdict == "met" and report.memory_pruned_bytes <= report.memory_limit_bytes == limit < report.memory_dense_bytes
     )
     assert report.memory_pruned_bytes > 0.8 * report.memory_limit_bytes and len(report.iterations) == 1
-    assert "--max-memory 1200000B" in report.command
+    assert "--max-memory 200000B" in report.command
     with pytest.raises(BudgetError, match=r"No plan fits into 0.01 MB: .* The smallest limit that works is --max-memory \d+KB"):
         job.run(msgspec.structs.replace(wanted, max_memory_bytes=1e4), quiet)
     with pytest.raises(UsageError, match="--max-memory needs a latency budget"):
