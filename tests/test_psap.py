@@ -74,10 +74,10 @@ def test_killed_in_its_recovery_and_run_again_psap_ends_with_the_same_plan_and_w
 
 
 @pytest.mark.slow
-def test_fine_tuning_keeps_the_widths_and_is_told_apart(tmp_path, shared_cache, strided, monkeypatch) -> None:
+def test_fine_tuning_keeps_the_widths_and_is_told_apart(tmp_path, shared_cache, monkeypatch) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
     how = Training(images=140, batch=32, checkpoint_steps=2)
-    report = job.run(request(tmp_path / "out", method="l1", rounds=1, repair=False, finetune=2, train=how, **strided), quiet)
+    report = job.run(request(tmp_path / "out", method="l1", rounds=1, repair=False, finetune=2, train=how), quiet)
     tuned = report.finetuned
     assert report.verdict == "met" and tuned is not None and (tuned.epochs, tuned.images, tuned.loss) == (2, 126, "distill")
     assert tuned.kept and tuned.held_back_after < 0.7 * tuned.held_back_before

@@ -73,11 +73,11 @@ def test_a_run_is_verified_from_outside(finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_left_to_itself_the_precision_is_the_one_that_loses_less(tmp_path, shared_cache, strided, monkeypatch) -> None:
+def test_left_to_itself_the_precision_is_the_one_that_loses_less(tmp_path, shared_cache, monkeypatch) -> None:
     """At a quarter of the dense latency eight bits and a little pruning beat pruning alone, tables and verdict included."""
     monkeypatch.setenv("EDGEKIT_CACHE", str(shared_cache))
-    wanted = request(tmp_path / "auto", "0.25x")
-    report = until_met(msgspec.structs.replace(wanted, precision="auto", profile="local-openvino", **strided))
+    wanted = msgspec.structs.replace(request(tmp_path / "auto", "0.25x"), precision="auto", profile="local-openvino")
+    report = until_met(wanted)
     assert (report.verdict, report.precision) == ("met", "int8")
     lost = {choice.precision: choice.distortion for choice in report.precision_choices}
     assert set(lost) == {"fp32", "int8"} and (lost["fp32"] is None or lost["int8"] < lost["fp32"])

@@ -133,9 +133,11 @@ def accuracy(given: argparse.Namespace) -> int:
     mean, std = (tuple(float(v) for v in text.split(",")) for text in (given.mean, given.std))
     transform = calibration.Transform(input=(1, size[1], size[2], size[3]), resize=0, crop=given.crop, mean=mean, std=std)
     options = ["--input", given.input, "--mean", given.mean, "--std", given.std, "--crop", str(given.crop or size[2])]
+    options += ["--data", given.data, "--samples", str(given.samples), "--seed", str(given.seed), "--json"]
     labels = np.asarray(dataset.labels)
+    model = Path(given.model).name
     for profile in PROFILES[:2]:
-        if any((row["model"], row["profile"]) == (given.model, profile) for row in done):
+        if any((row["model"], row["profile"]) == (model, profile) for row in done):
             continue
         runtime, suffix = profile.removeprefix("local-"), ".xml" if "openvino" in profile else ".onnx"
         with tempfile.TemporaryDirectory() as place:
@@ -143,18 +145,7 @@ def accuracy(given: argparse.Namespace) -> int:
             for precision in ("fp32", "int8"):
                 out = Path(place) / precision
                 arguments = ["export", given.model, "--weights", given.weights, *options, "-p", profile, "--precision", precision]
-                arguments += [
-                    "--data",
-                    given.data,
-                    "--samples",
-                    str(given.samples),
-                    "--seed",
-                    str(given.seed),
-                    "-o",
-                    str(out),
-                    "--json",
-                ]
-                code, told_, err, _ = edgekit(arguments)
+                code, told_, err, _ = edgekit([*arguments, "-o", str(out)])
                 if code:
                     print(err, file=sys.stderr)
                     return code
@@ -167,7 +158,7 @@ def accuracy(given: argparse.Namespace) -> int:
         found = judge(top["fp32"], top["int8"], labels)
         artefact = record["artefacts"][-1]
         row = {
-            "model": given.model, "profile": profile, "images": len(labels), "calibration_images": given.samples,
+            "model": model, "profile": profile, "images": len(labels), "calibration_images": given.samples,
             "seed": given.seed,
             "top1_fp32": found.dense, "top1_int8": found.pruned, "change_ci95": found.change_ci95, "agreement": found.agreement,
             "ratio": record["ratios"][0],

@@ -59,7 +59,7 @@ def without_notes(model: Any) -> Any:
     """The model without the exporter's notes, its nodes called by their place: `features.3/Concat`.
 
     The notes are a stack trace for every node, with the paths of this machine and lines of the model's code: nothing to
-    ship, and a sixth of a small network's file. What runs a network on a device lists it by the names of its nodes.
+    ship, and a good part of a small network's file. What runs a network on a device lists it by the names of its nodes.
     """
     graph, taken = model.graph, Counter[str]()
     for node in graph.node:
