@@ -381,21 +381,7 @@ class Finished:
 
     def again(self, *arguments: str, data: str = "good.npz", out: str = "again") -> Result:
         """The same model with the same table, on a simulated device: what its samples are is repeatable."""
-        fixed = (
-            "run",
-            "net.py:tiny",
-            *INPUT,
-            "-p",
-            "simulated-cpu",
-            "--budget",
-            "0.7x",
-            "--rounds",
-            "1",
-            "--data",
-            data,
-            "-o",
-            out,
-        )
+        fixed = ["run", "net.py:tiny", *INPUT, *"-p simulated-cpu --budget 0.7x --rounds 1".split(), "--data", data, "-o", out]
         return process(self.place, self.cache, *fixed, *arguments)
 
     def records(self, out: str = "first") -> tuple[Report, Plan]:
