@@ -11,7 +11,7 @@ from networks import residual
 from onnx import TensorProto, helper, numpy_helper
 
 from toolkit import backends
-from toolkit.backends import Backend, fusion, random_feeds
+from toolkit.backends import Backend, emulated, fusion, random_feeds
 from toolkit.errors import MeasurementError, MissingError, UsageError
 
 pytestmark = pytest.mark.slow
@@ -95,6 +95,34 @@ def test_openvino_profiles_its_own_format_too(model: Path, tmp_path: Path) -> No
         node for kernel in backend.profile(tmp_path / "model.xml", threads=1, precision="fp32", runs=2) for node in kernel.nodes
     }
     assert {"b0.conv1", "b0.add", "clip"} <= named
+
+
+def test_emulated_integers_add_as_an_accelerator_does(tmp_path: Path) -> None:
+    """Weights and values as large as eight bits have them, whose sums of products saturate in sixteen bits on some processors."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(-128, 128, (1, 64, 4, 4)).astype(np.float32)
+    weight = generator.choice([-127, 127], (8, 64, 1, 1)).astype(np.int8)
+    one, none, coarse = np.float32(1), np.int8(0), np.float32(2048)
+    constants = {"w": weight, "one": one, "none": none, "coarse": coarse}
+    steps = [
+        ("QuantizeLinear", ["x", "one", "none"], "xq"), ("DequantizeLinear", ["xq", "one", "none"], "xd"),
+        ("DequantizeLinear", ["w", "one", "none"], "wd"), ("Conv", ["xd", "wd"], "y"),
+        ("QuantizeLinear", ["y", "coarse", "none"], "yq"), ("DequantizeLinear", ["yq", "coarse", "none"], "z"),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node(operator, inputs, [output], name=output) for operator, inputs, output in steps],
+        "quantized",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, (1, 8, 4, 4))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    path = tmp_path / "quantized.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    session = emulated.open(path, threads=1, precision="int8")
+    exact = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0].astype(np.int64), x.astype(np.int64))
+    expected = 2048 * np.clip(np.rint(exact / 2048), -128, 127)
+    assert np.abs(exact).max() > 2**15 and np.array_equal(session.run({"x": x})[0], expected)
+    assert session.executed_precision()[0] == "fp32"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing"])

@@ -422,6 +422,19 @@ def test_engines_are_built_in_every_precision(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_what_cannot_run_here_is_judged_without_this_processors_kernels(tmp_path: Path, folder_of_images: Path) -> None:
+    rtx()
+    request = ExportRequest(
+        model=str(saved(exported(Block), tmp_path / "net.onnx")), out=str(tmp_path / "out"), profile="tensorrt-rtx",
+        precision="int8", compute_capability="8.6", data=str(folder_of_images), max_drop=50.0,
+        preprocess=Preprocess(input=(1, 3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3),
+    )  # fmt: skip
+    checked = export(request, quiet).artefacts[0]
+    assert checked.quantization is not None and checked.quantization.weight_bits == 8
+    assert checked.executed_precision_read_from.startswith("Q/DQ emulated in floats")
+
+
+@pytest.mark.slow
 def test_an_engine_is_for_the_compute_capability_asked_for(tmp_path: Path) -> None:
     rtx()
     path, built = saved(exported(Block), tmp_path / "net.onnx"), []

@@ -9,8 +9,8 @@
 `zoo` exports each model (random weights; the weights do not matter to what works) with ONNX Runtime's, OpenVINO's and
 TensorRT-RTX's profile in fp32, fp16 and int8, through the command line: a cell is `ok` with sizes, executed precision and
 parity after every step, or refused with the words of the refusal. `accuracy` counts top-1 and agreement of the delivered
-files on all images of --eval-data, fp32 and int8, in both runtimes, with paired 95 % intervals. What the output file holds
-already is not done again.
+files on all images of --eval-data, fp32 and int8, in both runtimes, with paired 95 % intervals; those for TensorRT with their
+Q/DQ pairs emulated in floats, and not timed. What the output file holds already is not done again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 
 import calibration
 from toolkit import backends
+from toolkit.backends import Opener, emulated
 from toolkit.run.evaluate import judge
 
 PROFILES = ("local-onnxruntime", "local-openvino", "tensorrt-rtx")
@@ -125,7 +126,7 @@ def zoo_table(cells: list[dict[str, Any]]) -> str:
 
 
 def accuracy(given: argparse.Namespace) -> int:
-    """Delivered files on evaluation images: fp32 and int8, in both runtimes."""
+    """Delivered files on evaluation images: fp32 and int8, in both runtimes; what is for TensorRT, emulated."""
     done = json.loads(given.output.read_text())["rows"] if given.output.exists() else []
     dataset = calibration.open_dataset(given.eval_data)
     assert dataset.labels is not None
@@ -136,10 +137,11 @@ def accuracy(given: argparse.Namespace) -> int:
     options += ["--data", given.data, "--samples", str(given.samples), "--seed", str(given.seed), "--json"]
     labels = np.asarray(dataset.labels)
     model = Path(given.model).name
-    for profile in PROFILES[:2]:
+    for profile in PROFILES:
         if any((row["model"], row["profile"]) == (model, profile) for row in done):
             continue
-        runtime, suffix = profile.removeprefix("local-"), ".xml" if "openvino" in profile else ".onnx"
+        suffix = ".xml" if "openvino" in profile else ".onnx"
+        runs: Opener = emulated if profile == "tensorrt-rtx" else backends.get(profile.removeprefix("local-"))
         with tempfile.TemporaryDirectory() as place:
             top, record = {}, {}
             for precision in ("fp32", "int8"):
@@ -150,19 +152,18 @@ def accuracy(given: argparse.Namespace) -> int:
                     print(err, file=sys.stderr)
                     return code
                 record = json.loads(told_)
-                session = backends.get(runtime).open(out / f"model{suffix}", threads=2, precision=precision)
+                session = runs.open(out / f"model{suffix}", threads=2, precision=precision)
                 name = session.inputs[0].name
                 batches = calibration.iterate(dataset, np.arange(len(dataset)), transform, 64)
                 top[precision] = np.array([int(session.run({name: x[None]})[0].argmax()) for batch in batches for x in batch])
                 session.close()
         found = judge(top["fp32"], top["int8"], labels)
-        artefact = record["artefacts"][-1]
+        artefact, ratios = record["artefacts"][-1], [*record["ratios"], None, None]
         row = {
             "model": model, "profile": profile, "images": len(labels), "calibration_images": given.samples,
             "seed": given.seed,
             "top1_fp32": found.dense, "top1_int8": found.pruned, "change_ci95": found.change_ci95, "agreement": found.agreement,
-            "ratio": record["ratios"][0],
-            "ratio_without_float_layers": record["ratios"][1] if len(record["ratios"]) > 1 else None,
+            "ratio": ratios[0], "ratio_without_float_layers": ratios[1],
             "fp32_ns": record["fp32_ns"], "size_bytes": artefact["size_bytes"], "quantization": artefact["quantization"],
             "executed_precision": artefact["executed_precision"], "read_from": artefact["executed_precision_read_from"],
         }  # fmt: skip
@@ -179,10 +180,11 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         low, high = (100 * v for v in r["change_ci95"])
+        latency = f"{r['ratio']['value']:.3f}x" if r["ratio"] else "not run"
         lines.append(
             f"| {Path(r['model']).name} | {r['profile']} | {100 * r['top1_fp32']:.2f} | {100 * r['top1_int8']:.2f} "
             f"| {100 * (r['top1_int8'] - r['top1_fp32']):+.2f} ({low:+.2f} to {high:+.2f}) | {100 * r['agreement']:.1f} % "
-            f"| {r['ratio']['value']:.3f}x | {len(r['quantization']['kept_float'])} |"
+            f"| {latency} | {len(r['quantization']['kept_float'])} |"
         )
     return "\n".join(lines)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-from toolkit.backends.base import Backend, KernelSample, Session, random_feeds
+from toolkit.backends.base import Backend, KernelSample, Opener, Session, random_feeds
 from toolkit.errors import MissingError, UsageError
 
-__all__ = ["BUILDERS", "RUNTIMES", "Backend", "KernelSample", "Session", "get", "random_feeds"]
+__all__ = ["BUILDERS", "RUNTIMES", "Backend", "KernelSample", "Opener", "Session", "get", "random_feeds"]
 
 RUNTIMES = ("onnxruntime", "openvino")
 BUILDERS = ("tensorrt", "tensorrt_rtx")  # build engines for devices that are elsewhere

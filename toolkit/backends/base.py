@@ -65,15 +65,8 @@ class KernelSample:
     implementation: str = ""
 
 
-class Backend(Protocol):
-    """A runtime. Its modules are the implementations: no state, so no class."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def format(self) -> Format: ...
-
-    def version(self) -> str: ...
+class Opener(Protocol):
+    """What runs artefacts."""
 
     def open(self, path: Path, *, threads: int, precision: str) -> Session:
         """Load an artefact.
@@ -82,6 +75,17 @@ class Backend(Protocol):
             UsageError: no such file, or one the runtime cannot read; its own words, shortened.
             MissingError: this machine cannot do what was asked (precision, threads).
         """
+
+
+class Backend(Opener, Protocol):
+    """A runtime. Its modules are the implementations: no state, so no class."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def format(self) -> Format: ...
+
+    def version(self) -> str: ...
 
     def profile(self, path: Path, *, threads: int, precision: str, runs: int) -> tuple[KernelSample, ...]:
         """Per-kernel times of `runs` inferences on random inputs, kernels in the order executed. Errors as `open`."""

@@ -30,7 +30,7 @@ def version() -> str:
 
 def open(path: Path, *, threads: int, precision: str) -> OrtSession:
     """See `Backend.open`. The precision lives in the graph: it is read back, never set."""
-    return OrtSession(path, _session(path, drivers.ort_options(threads)), threads)
+    return OrtSession(path, opened(path, drivers.ort_options(threads)), threads)
 
 
 class OrtSession:
@@ -114,7 +114,8 @@ def precision_of(optimised: Any, input_dtype: str) -> tuple[str, str]:
     return "+".join(kind for kind, _ in found.most_common()), f"weights of the optimised graph: {_counts(found)}"
 
 
-def _session(path: Path, options: Any) -> Any:
+def opened(path: Path, options: Any) -> Any:
+    """A session with these options; UsageError, in the runtime's words, where it cannot be."""
     require_file(path)
     if path.suffix == ".xml":
         raise UsageError(
@@ -134,7 +135,7 @@ def _optimised(path: Path, threads: int, folder: Path, *, events: bool = False) 
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     options.enable_profiling = events
     options.profile_file_prefix = str(folder / "events")
-    session = _session(path, options)
+    session = opened(path, options)
     return session, onnx.load(str(folder / "optimised.onnx"), load_external_data=False).graph
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from toolkit.backends import Backend, Session, ort
+from toolkit.backends import Backend, Opener, Session, emulated, ort
 from toolkit.errors import MissingError, ParityError
 from toolkit.export.onnx_ import save_onnx
 from toolkit.export.precision import Progress, Quantizing, refuse_large, to_fp16, to_int8
@@ -97,7 +97,9 @@ def export_artefacts(
     facts = dict(wanted.metadata) | ({"edgekit.quantization": msgspec.json.encode(quantization).decode()} if quantization else {})
     save_onnx(model, onnx_path, facts)
     onnx.checker.check_model(str(onnx_path))
-    reader: Backend = ort if "tensorrt" in wanted.formats else wanted.backend
+    reader: Opener = wanted.backend
+    if "tensorrt" in wanted.formats:
+        reader = emulated if wanted.precision == "int8" else ort
     written = describe(source, onnx_path, "onnx", role, reader, wanted, quantization, samples)
     written = msgspec.structs.replace(written, parity=(*before, *written.parity))
     artefacts = [written]
@@ -156,7 +158,7 @@ def describe(
     path: Path,
     format: Format,
     role: Literal["dense", "pruned"],
-    backend: Backend,
+    backend: Opener,
     wanted: Wanted,
     quantization: Quantization | None,
     samples: Mapping[str, np.ndarray[Any, Any]],
@@ -193,7 +195,7 @@ def describe(
         session.close()
 
 
-def opened(path: Path, backend: Backend, wanted: Wanted) -> tuple[Session, str]:
+def opened(path: Path, backend: Opener, wanted: Wanted) -> tuple[Session, str]:
     """A session at the precision that was asked; where this machine has no kernels for fp16, one in fp32, and what it said."""
     try:
         return backend.open(path, threads=wanted.threads, precision=wanted.precision), ""

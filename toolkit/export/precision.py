@@ -13,7 +13,7 @@ import numpy as np
 
 import calibration
 from calibration.quantize import METHODS, RangeMethod
-from toolkit.backends import Backend
+from toolkit.backends import Opener
 from toolkit.backends.base import shorten
 from toolkit.errors import DataError, ModelError, UsageError
 from toolkit.export.onnx_ import EXTERNAL_BYTES, opset_of, save_onnx, weights_bytes
@@ -40,7 +40,7 @@ class Quantizing:
 
     recipe: str
     images: Array
-    backend: Backend  # judges
+    backend: Opener  # judges
     threads: int = 1
     ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     max_drop: float = 1.0

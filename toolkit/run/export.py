@@ -15,7 +15,7 @@ import numpy as np
 import calibration
 from toolkit import backends, devices, profiles
 from toolkit import bench as benches
-from toolkit.backends import Backend, trtexec
+from toolkit.backends import Backend, Opener, emulated, trtexec
 from toolkit.devices.link import Address, parse_address
 from toolkit.errors import DataError, MissingError, ModelError, UsageError
 from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
@@ -222,22 +222,23 @@ def wish(request: ExportRequest, place: Place, images: np.ndarray[Any, Any]) -> 
 
 def quantizing_for(
     profile: Profile,
-    backend: Backend,
+    backend: Opener,
     images: np.ndarray[Any, Any],
     ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto",
     max_drop: float = 1.0,
     keep_float: tuple[str, ...] = (),
 ) -> Quantizing:
-    """How a network becomes int8 for a profile; what cannot run here is judged in ONNX Runtime."""
+    """How a network becomes int8 for a profile; what cannot run here has eight bits, and is judged as an accelerator computes."""
     here = profile.format != "tensorrt"
     return Quantizing(
         recipe=profile.runtime if here else "tensorrt",
         images=images,
-        backend=backend if here else backends.get("onnxruntime"),
+        backend=backend if here else emulated,
         threads=profile.threads,
         ranges=ranges,
         max_drop=max_drop,
         keep_float=keep_float,
+        weight_bits=0 if here else 8,
     )
 
 
