@@ -122,7 +122,7 @@ def test_emulated_integers_add_as_an_accelerator_does(tmp_path: Path) -> None:
     exact = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0].astype(np.int64), x.astype(np.int64))
     expected = 2048 * np.clip(np.rint(exact / 2048), -128, 127)
     assert np.abs(exact).max() > 2**15 and np.array_equal(session.run({"x": x})[0], expected)
-    assert session.executed_precision()[0] == "fp32"
+    assert session.executed_precision()[0] == "int8, emulated"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing"])

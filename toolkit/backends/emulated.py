@@ -16,7 +16,7 @@ class EmulatedSession(OrtSession):
     """`Session` whose integers are floats."""
 
     def executed_precision(self) -> tuple[str, str]:
-        return "fp32", "Q/DQ emulated in floats, not with the integer kernels of this machine"
+        return "int8, emulated", "Q/DQ emulated in floats, not with the integer kernels of this machine"
 
 
 def open(path: Path, *, threads: int, precision: str) -> EmulatedSession:
