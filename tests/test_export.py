@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from test_quantize import Block, Tokens, exported, images, run
 from torch import nn
 
-from toolkit import backends
-from toolkit.backends import tensorrt_, trtexec
+from toolkit import backends, profiles
+from toolkit.backends import emulated, tensorrt_, trtexec
 from toolkit.errors import EdgekitError, MeasurementError, MissingError, ModelError, ParityError, UsageError
 from toolkit.export import (
     DYNAMIC,
@@ -34,7 +34,7 @@ from toolkit.export import (
 )
 from toolkit.export.precision import distortion, expected_drop, to_int8
 from toolkit.graph import trace
-from toolkit.run.export import export
+from toolkit.run.export import export, quantizing_for
 from toolkit.schema import ExportRequest, Preprocess
 
 ORT = backends.get("onnxruntime")
@@ -432,6 +432,8 @@ def test_what_cannot_run_here_is_judged_without_this_processors_kernels(tmp_path
     checked = export(request, quiet).artefacts[0]
     assert checked.quantization is not None and checked.quantization.weight_bits == 8
     assert checked.executed_precision_read_from.startswith("Q/DQ emulated in floats")
+    judged = quantizing_for(profiles.load("tensorrt-rtx"), backends.get("tensorrt_rtx"), images())
+    assert judged.backend is emulated and judged.weight_bits == 8
 
 
 @pytest.mark.slow
