@@ -44,7 +44,7 @@ from toolkit.train import (
     with_weights,
 )
 from toolkit.train.network import last_features, masked_inputs, set_masks
-from toolkit.train.psap import Dealer, dealt, norms, protected, snapped, sparsity
+from toolkit.train.psap import Dealer, dealt, joint_shares, protected, snapped, sparsity
 from toolkit.train.samples import batch_at
 
 CANDIDATES = {"stem": (2, 4, 6, 8), "first": (3, 6, 9, 12)}
@@ -364,10 +364,13 @@ def test_a_groups_filters_are_those_of_all_its_producers() -> None:
     filters = filters_of(program, ["stem", "first"])
     assert [f.parameter for f in filters["stem"]] == ["stem.weight", "second.weight"]
     weights = program.module.state_dict()
-    joint = (weights["stem.weight"].flatten(1).square().sum(1) + weights["second.weight"].flatten(1).square().sum(1)).sqrt()
-    np.testing.assert_allclose(norms(program.module, filters["stem"], 8), joint.numpy(), rtol=1e-6)
-    kept = strongest(program.module, filters, {"stem": 8, "first": 12, "fc": 4}, {"stem": 3, "first": 12, "fc": 4})
-    assert kept == {"stem": sorted(np.argsort(-joint.numpy())[:3].tolist())}
+    squares = [weights[f"{name}.weight"].flatten(1).square().sum(1) for name in ("stem", "second")]
+    joint = torch.stack([each / each.sum() for each in squares]).sum(0)
+    np.testing.assert_allclose(joint_shares(program.module, filters["stem"], 8), joint.numpy(), rtol=1e-5)
+    full = {"stem": 8, "first": 12, "fc": 4}
+    for width in range(1, 8):
+        kept = strongest(program.module, filters, full, {**full, "stem": width})
+        assert kept == {"stem": sorted(np.argsort(-joint.numpy())[:width].tolist())}
 
 
 @settings(max_examples=30, deadline=None)
@@ -428,23 +431,49 @@ def test_a_width_costs_what_goes_times_what_is_not_sparse_whatever_the_layers_sc
     filters, full = filters_of(program, list(candidates)), {g.name: g.width for g in program.groups}
     found = losses(program.module, filters, candidates, full, pruned)
     weights = program.module.state_dict()
-    joined = {
-        "first": weights["first.weight"],
-        "stem": torch.cat([weights["stem.weight"].flatten(1), weights["second.weight"].flatten(1)], 1),
-    }
-    joined = {name: w.flatten(1).double().numpy() for name, w in joined.items()}
-    relative = {name: np.abs(w) / np.sqrt(np.square(w).mean()) for name, w in joined.items()}
+    makers = {"stem": ("stem", "second"), "first": ("first",)}
+    layers = {n: weights[f"{n}.weight"].flatten(1).double().numpy() for n in ("stem", "first", "second")}
+    relative = {n: np.abs(w) / np.sqrt(np.square(w).mean()) for n, w in layers.items()}
     threshold = np.quantile(np.concatenate([w.ravel() for w in relative.values()]), pruned)
     for name, widths in candidates.items():
-        by_channel = np.sort(np.square(relative[name]).sum(1))
+        by_layer = np.array([np.square(relative[n]).mean(1) / len(relative[n]) for n in makers[name]])  # of 1 a layer
+        dense = np.array([(relative[n] >= threshold).mean() for n in makers[name]])
+        order = np.argsort(by_layer.sum(0))
         for width in widths:
-            gone = by_channel[: full[name] - width].sum() / by_channel.sum()
-            assert found[name][width] == pytest.approx((relative[name] >= threshold).mean() * gone, abs=2e-3)
+            gone = by_layer[:, order[: full[name] - width]].sum(1)
+            assert found[name][width] == pytest.approx((dense * gone).sum(), abs=2e-3)
         inner = [found[name][w] for w in sorted(widths)]
         assert inner == sorted(inner, reverse=True) and inner[-1] == 0
-    louder = with_weights(program, {"first.weight": weights["first.weight"] * scale})
+    louder = with_weights(
+        program, {"first.weight": weights["first.weight"] * scale, "second.weight": weights["second.weight"] / scale}
+    )
     again = losses(louder.module, filters, candidates, full, pruned)
     assert all(again[n][w] == pytest.approx(loss, abs=2e-3) for n, by_width in found.items() for w, loss in by_width.items())
+
+
+class Halves(nn.Module):
+    """A convolution whose channels belong to two groups, one of which another convolution makes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.other = nn.Conv2d(2, 8, 3), nn.Conv2d(2, 4, 3)
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.both(x).chunk(2, 1)
+        return torch.cat([self.left(left + self.other(x)), self.right(right)], 1)
+
+
+def test_all_of_a_layer_costs_one_wherever_its_channels_go() -> None:
+    program = trace(Halves().eval(), torch.randn(1, 2, 6, 6))
+    names = [g.name for g in program.prunable]
+    filters = filters_of(program, names)
+    makers = {name: {f.parameter for f in group} for name, group in filters.items()}
+    assert sorted(map(len, makers.values())) == [1, 2] and set.union(*makers.values()) == {"both.weight", "other.weight"}
+    found = losses(program.module, filters, {name: (0, 4) for name in names}, {name: 4 for name in names}, 0.0)
+    assert sum(costs[0] for costs in found.values()) == pytest.approx(2.0)
+    shared = next(name for name in names if len(makers[name]) == 2)
+    assert 1 < found[shared][0] < 2
 
 
 def test_whole_branches_go_only_where_nothing_fits_otherwise_and_are_masked_whole() -> None:

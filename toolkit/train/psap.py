@@ -10,13 +10,15 @@ that goes, with t solved for so that the predicted latency is what the schedule 
 filter of one layer buys more time than one of another, and a whole branch more than its filters one by one. So by `sparsity`
 widths are those of least
 
-    sum_l (1 - s_l(t)) * (share of layer l's |w|^2 in the filters that go, the least ones first)
+    sum_l (1 - s_l(t)) * (share of layer l's |w|^2 in the filters that go)
 
 within the latency that the schedule has there: filters go where there is least in them, and rather where weights are sparse.
 There |w| is relative to its layer's root mean square, as a norm behind a layer makes its scale mean nothing, and t is the
-quantile of all weights at the share of the latency that is to go.
+quantile of all weights at the share of the latency that is to go. Channels that several layers make together cost what they are
+to each of them: a residual stream is as dear as all the layers that write to it.
 
-In a layer, or in several whose channels must go together, filters of least norm go. Masks are soft: masked filters
+In a layer, filters of least norm go; where several layers' must go together, those of least joint norm, each relative to its
+layer's. Masks are soft: masked filters
 reach nobody and learn nothing, but are still there, weight decay aside as they were, and may be back at the next step. The
 gradient g of a filter w that is not masked loses the part that would shrink it,
 
@@ -87,13 +89,17 @@ def magnitudes(module: torch.nn.Module, group: Sequence[Filters]) -> Array:
     return np.sort(found)
 
 
-def norms(module: torch.nn.Module, group: Sequence[Filters], width: int) -> Array:
-    """Joint norm of each channel's filters."""
+def shares(module: torch.nn.Module, filters: Filters, width: int) -> Array:
+    """Of a layer's squared weights, what each channel of a group has, [width]; the layer may make other groups' channels too."""
     squares = torch.zeros(width, dtype=torch.float64)
-    for f in group:
-        squares.index_add_(0, f.channel, rows(module, f).double().square().sum(1).cpu())
-    found: Array = squares.sqrt().numpy()
+    squares.index_add_(0, filters.channel, rows(module, filters).double().square().sum(1).cpu())
+    found: Array = squares.numpy() / max(float(attribute(module, filters.parameter).detach().double().square().sum()), TINY)
     return found
+
+
+def joint_shares(module: torch.nn.Module, group: Sequence[Filters], width: int) -> Array:
+    """Of each channel, `shares` summed over the layers that make it: its squared norm, relative to theirs."""
+    return sum((shares(module, f, width) for f in group), np.zeros(width))
 
 
 # --- how much of each layer goes: by the latency table ---------------------------------------------------------------------
@@ -106,25 +112,27 @@ def losses(
     full: Widths,
     pruned: float,
 ) -> dict[str, dict[int, float]]:
-    """What each width of each group costs: the share of its squared weights that goes, times what is not sparse in the group.
+    """What each width of each group costs: of every layer that makes it, the share of its squared weights that goes, times what
+    is not sparse in it.
 
     Args:
         pruned: share of all relative weights that are under the threshold, between 0 and 1.
     """
-    relative = {name: scaled(magnitudes(module, group)) for name, group in filters.items()}
+    layers = dict.fromkeys(f.parameter for group in filters.values() for f in group)
+    relative = {name: scaled(attribute(module, name).detach().abs().flatten().cpu().numpy()) for name in layers}
     threshold = float(np.quantile(np.concatenate(list(relative.values())), pruned)) if relative else 0.0
+    dense = {name: 1 - sparsity(values, threshold) for name, values in relative.items()}
     found = {}
     for name, group in filters.items():
-        squares = np.sort(norms(module, group, full[name]) ** 2)
-        gone = np.concatenate([[0.0], np.cumsum(squares)]) / max(float(squares.sum()), TINY)
-        dense = 1 - sparsity(relative[name], threshold)
-        found[name] = {width: dense * float(gone[full[name] - width]) for width in candidates[name]}
+        costs = sum((dense[f.parameter] * shares(module, f, full[name]) for f in group), np.zeros(full[name]))
+        gone = np.cumsum([0.0, *costs[np.argsort(joint_shares(module, group, full[name]), kind="stable")]])
+        found[name] = {width: float(gone[full[name] - width]) for width in candidates[name]}
     return found
 
 
-def scaled(ascending: Array) -> Array:
-    """Magnitudes relative to their root mean square."""
-    found: Array = ascending / max(float(np.sqrt(np.square(ascending, dtype=np.float64).mean())), TINY)
+def scaled(magnitudes: Array) -> Array:
+    """A layer's magnitudes relative to their root mean square, ascending."""
+    found: Array = np.sort(magnitudes) / max(float(np.sqrt(np.square(magnitudes, dtype=np.float64).mean())), TINY)
     return found
 
 
@@ -219,11 +227,11 @@ def by_ratio(
 def strongest(
     module: torch.nn.Module, filters: Mapping[str, Sequence[Filters]], full: Widths, widths: Widths
 ) -> dict[str, list[int]]:
-    """The channels of largest norm, as many as the widths say, of every group that gets narrower."""
+    """The channels of largest joint norm, as many as the widths say, of every group that gets narrower."""
     kept = {}
     for name, group in filters.items():
         if widths[name] < full[name]:
-            order = np.argsort(-norms(module, group, full[name]), kind="stable")
+            order = np.argsort(-joint_shares(module, group, full[name]), kind="stable")
             kept[name] = sorted(int(n) for n in order[: widths[name]])
     return kept
 
