@@ -62,9 +62,9 @@ def test_every_piece_by_itself(name) -> None:
 
 @pytest.mark.slow
 def test_few_networks_have_nothing_to_prune() -> None:
-    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(24))]
+    found = [len(trace(build(r), example_input((1, 3, r.size, r.size))).prunable) for r in map(recipe, range(12))]
     assert statistics.median(found) >= 3
-    assert found.count(0) <= 3
+    assert found.count(0) <= 1
 
 
 def faulty(program, module, gone, alive) -> None:
