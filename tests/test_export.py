@@ -274,6 +274,7 @@ def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_weights_have_the_bits_that_change_the_outputs_less() -> None:
     model, inputs = exported(Block), images(16)
     found = {bits: to_int8(model, how(inputs, ranges="minmax", weight_bits=bits), quiet)[1] for bits in (0, 7, 8)}

@@ -165,6 +165,7 @@ def test_a_padded_shortcut_is_reordered_and_nothing_else() -> None:
     assert len(modular.selections) == 1
 
 
+@pytest.mark.slow
 def test_unequal_shares_are_refused_by_name() -> None:
     program = traced(Padded)
     modules = drawn(program, 2, 0)
@@ -320,6 +321,7 @@ def test_a_cut_in_modules_is_repaired_and_says_what_its_modules_do() -> None:
     assert any(change for effect in effects if not effect.group for change in effect.classes)
 
 
+@pytest.mark.slow
 def test_what_a_cut_has_left_can_be_made_of_modules() -> None:
     program = traced(Vgg)
     images = np.random.default_rng(0).standard_normal((48, 3, 8, 8)).astype(np.float32)
@@ -352,6 +354,7 @@ class Asked:
         return {g.name: g.width for g in self.program.groups}
 
 
+@pytest.mark.slow
 def test_modules_in_branches_that_go_are_no_option(monkeypatch) -> None:
     program = traced(Padded)
     names = modular_operators(program, dense_modules(program, torch.randn(4, 3, 8, 8).numpy(), 2, "weights", "random", 0), 2)[0]

@@ -577,6 +577,7 @@ def test_distortion_is_relative_to_the_spread_of_the_reference() -> None:
     assert joined([torch.ones(2, 3), torch.zeros(2, 1, 2)]).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_a_group_that_a_split_deals_out_is_held() -> None:
     assert set(held_groups(traced(patterns.UnevenChunks))) == {"a"}
     assert "deals its channels out" in held_groups(traced(patterns.UnevenChunks))["a"]

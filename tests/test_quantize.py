@@ -160,6 +160,7 @@ def test_two_products_with_weights_of_seven_bits_fit_into_sixteen(recipe: str) -
     assert largest == {7: 64, 8: 127} and 2 * 255 * largest[7] < 2**15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_weights_are_within_half_a_step_of_their_own_channel(recipe: str) -> None:
     model = exported(Block)
@@ -194,6 +195,7 @@ def test_joins_of_convolutions_are_layers_and_joins_of_tokens_are_not() -> None:
     assert kinds(Tokens)["Add"] == 0 and kinds(Tokens)["Conv"] == 1
 
 
+@pytest.mark.slow
 def test_integers_are_what_runs(tmp_path: Any) -> None:
     """Every layer with weights of both kinds of network is an integer kernel in ONNX Runtime, the biases behind products too."""
     for kind in (Block, Tokens):
