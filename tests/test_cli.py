@@ -21,6 +21,7 @@ import pytest
 from networks import residual
 from PIL import Image
 
+import hw_profiles
 from toolkit import cli, profiles
 from toolkit.devices import local
 from toolkit.schema import Benchmark, Comparison, Plan, Report, from_json, load_json
@@ -147,6 +148,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
     (root / "images" / "3" / "7.png").write_bytes(b"not an image")
+    floats = json.loads((Path(hw_profiles.__file__).parent / "simulated-cpu" / "profile.json").read_text())
+    floats["simulation"]["law"]["int8_rate"] = 0
+    (root / "floats").mkdir()
+    (root / "floats" / "profile.json").write_text(json.dumps(floats))
     for folder in ("empty", "classes/a", "classes/b"):
         (root / folder).mkdir(parents=True)
     (root / "file").write_text("")
@@ -240,7 +245,7 @@ BAD: list[tuple[str, dict[str, str], str, str]] = [  # name, what is changed, wo
     ("large-budget", {"--budget": "2x"}, "more time than the dense model takes", "0.5x"),
     ("unknown-profile", {"-p": "nope"}, "no profile 'nope'", "edgekit profiles"),
     ("threads", {"--threads": "9999"}, "9999 is more than the", f"--threads {local.facts().cores}"),
-    ("precision", {"--precision": "int8", "-p": "simulated-cpu"}, "--precision int8 is nothing that", "--precision fp32"),
+    ("precision", {"--precision": "int8", "-p": "floats"}, "--precision int8 is nothing that", "--precision fp32"),
     ("memory-in-int8", {"--precision": "int8", "--max-memory": "1MB"}, "counts a network in fp32", "--precision fp32"),
     ("auto-without-budget", {"--precision": "auto", "--budget": "none"}, "nothing to choose a precision by", "--precision int8"),
     ("device", {"--on": "ssh://-board"}, "is no device", "ssh://user@host"),

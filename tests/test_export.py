@@ -370,7 +370,7 @@ def test_requests_that_contradict_themselves_are_refused(tmp_path: Path, folder_
         ({"dynamic_batch": True}, "--dynamic-batch is for models"),
         ({"dynamic_batch": True, "profile": "tensorrt-rtx"}, "fixed shapes"),
         ({"compute_capability": "8.6"}, "--compute-capability is of TensorRT"),
-        ({"precision": "int8", "profile": "simulated-cpu"}, "simulated"),
+        ({"precision": "fp16", "profile": "simulated-cpu"}, "simulated-cpu has fp32 and int8, not fp16"),
         ({"weights": "w.safetensors"}, "has its weights in it"),
         ({"precision": "int8", "data": str(folder_of_images), "preprocess": None}, "how its images are normalized"),
         ({"precision": "int8", "data": str(folder_of_images), "keep_float": ("conv9",)}, "conv9 is no layer.*Choose of"),

@@ -102,6 +102,66 @@ def test_depthwise_runs_at_its_own_rate(tmp_path: Path) -> None:
     assert fast == pytest.approx(64 * 9 * 16 / 1e10 * 1e9) and slow == pytest.approx(10 * fast)
 
 
+def quantized(path: Path, weight: str = "dw", kind: type = np.int8) -> Path:
+    """A convolution with Q/DQ around its input, its weight and its output."""
+    nodes = (
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["qx"]),
+        helper.make_node("DequantizeLinear", ["qx", "scale", "zero"], ["dx"]),
+        helper.make_node("DequantizeLinear", ["qw", "scale", "zero"], ["dw"]),
+        helper.make_node("Conv", ["dx", weight], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("QuantizeLinear", ["b", "scale", "zero"], ["qb"]),
+        helper.make_node("DequantizeLinear", ["qb", "scale", "zero"], ["y"]),
+    )
+    network(path, *nodes, out=[1, 16, 8, 8], w=(16, 8, 3, 3))
+    model = onnx.load(str(path))
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.float32(0.1), "scale"),
+            numpy_helper.from_array(kind(0), "zero"),
+            numpy_helper.from_array(np.ones((16, 8, 3, 3), kind), "qw"),
+        ]
+    )
+    model.opset_import[0].version = 21  # the first with 16-bit integers
+    onnx.save(model, str(path))
+    return path
+
+
+INT8 = msgspec.structs.replace(LAW, int8_rate=4.0)
+
+
+def test_integers_run_at_their_rate_and_move_a_byte_an_entry(tmp_path: Path) -> None:
+    path = quantized(tmp_path / "m.onnx")
+    (first, entering), (second, cost) = costs(path, INT8)
+    work = 64 * 9 * 8 * 16
+    assert (first, second) == ("QuantizeLinear", "Conv")
+    assert entering == pytest.approx(1000 + (4 * 800 + 800 + 4 + 1) / 1e10 * 1e9)
+    assert cost == pytest.approx(1000 + work / 4e10 * 1e9)
+    (_, _), (_, bound) = costs(path, msgspec.structs.replace(INT8, bytes_per_s=1e8))
+    assert bound == pytest.approx(1000 + (800 + 16 * 8 * 9 + 16 * 64 + 4 + 1) / 1e8 * 1e9)
+    (_, _), (_, without) = costs(path, LAW)
+    assert without == pytest.approx(1000 + work / 1e10 * 1e9)
+
+
+@pytest.mark.parametrize("how", [{"weight": "w"}, {"kind": np.int16}])
+def test_floats_and_wider_integers_run_at_the_rate_of_floats(how: dict[str, Any], tmp_path: Path) -> None:
+    (_, _), (_, cost) = costs(quantized(tmp_path / "m.onnx", **how), INT8)
+    assert cost == pytest.approx(1000 + 64 * 9 * 8 * 16 / 1e10 * 1e9)
+
+
+def test_integers_are_rounded_and_their_precision_is_told(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    backend = devices.open(simulated(law=INT8)).backend("simulated")
+    session_ = backend.open(quantized(tmp_path / "m.onnx"), threads=1, precision="int8")
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 8, 10, 10)).astype(np.float32)
+    (y,) = session_.run({"x": x})
+    windows = np.lib.stride_tricks.sliding_window_view(np.round(x / np.float32(0.1)), (3, 3), (2, 3)).sum((1, 4, 5))
+    expected = np.clip(np.round(windows * 0.1), 0, 127) * 0.1
+    assert y == pytest.approx(np.broadcast_to(expected[:, None], y.shape), abs=0.11)  # a sum that ends in .5 may go either way
+    assert len(np.unique(np.round(y / 0.1, 3))) > 10 and np.abs(y / 0.1 - np.round(y / 0.1)).max() < 1e-4
+    assert session_.executed_precision()[0] == "int8"
+    assert backend.open(models[0], threads=1, precision="int8").executed_precision()[0] == "fp32"
+
+
 def test_an_inference_is_the_sum_of_its_kernels(models: tuple[Path, Path]) -> None:
     device = devices.open(simulated())
     backend = device.backend("simulated")

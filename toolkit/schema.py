@@ -209,6 +209,7 @@ class Law(Record, frozen=True, kw_only=True):
     tiles: int = 0
     tile_pixels: int = 1
     grouped_rate: float = 1.0  # share of the rate that grouped and depthwise convolutions get
+    int8_rate: float = 0.0  # times the rate that convolutions and products of 8-bit integers get; 0: the device has none
     opaque: bool = False  # the runtime's profile shows one kernel for all
 
 

@@ -1,7 +1,8 @@
 """The runtime of the simulated device: it runs an ONNX file's kernels by a known law, and its values by ONNX Runtime.
 
 A convolution or matrix product takes the element-wise nodes after it into its kernel, reshapes cost nothing, and everything
-else is a kernel bound by memory.
+else is a kernel bound by memory. Q/DQ pairs stand for integers: what they enclose moves a byte an entry, and a convolution or
+product whose activations and weights are both integers runs at the law's rate for them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import numpy as np
 from toolkit.backends import fusion
 from toolkit.backends.base import PROFILE_WARMUP, Array, Feeds, KernelSample, Session, require_file, running, shorten
 from toolkit.errors import UsageError
-from toolkit.schema import Format, Law, Shape, Simulation
+from toolkit.schema import Format, Law, Precision, Shape, Simulation
 
 _COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ABSORBED = (
     *("Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "PRelu", "Gelu", "Elu", "Tanh", "Erf"),
-    *("Add", "Mul", "Sub", "Div", "BatchNormalization"),
+    *("Add", "Mul", "Sub", "Div", "BatchNormalization", "QuantizeLinear"),
 )
-_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Kernel:
     input_shapes: tuple[tuple[int, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     cost_ns: float
+    integer: bool  # whether it convolves or multiplies integers
 
 
 class SimulatedBackend:
@@ -58,20 +60,23 @@ class SimulatedBackend:
 
     def open(self, path: Path, *, threads: int, precision: str) -> SimulatedSession:
         """See `Backend.open`. Loading takes time too: three launches a kernel, and the weights once through memory."""
-        if precision != "fp32":
-            raise UsageError(f"The simulated device has no precision {precision!r}.", "Run with --precision fp32.")
-        graph = _graph(path)
+        graph = self._graph(path, precision)
         kernels = plan(graph, self._of.law)
-        weights = sum(_bytes(list(tensor.dims)) for tensor in graph.initializer)
+        sizes = _entry_bytes(graph)
+        weights = sum(_bytes(list(tensor.dims), sizes[tensor.name]) for tensor in graph.initializer)
         self._spend(3 * self._of.law.launch_ns * len(kernels) + weights / self._of.law.bytes_per_s * 1e9)
         total = self._of.law.inference_ns + sum(kernel.cost_ns for kernel in kernels)
-        return SimulatedSession(path, graph, partial(self._spend, total))
+        return SimulatedSession(path, graph, partial(self._spend, total), any(kernel.integer for kernel in kernels))
+
+    def _graph(self, path: Path, precision: str) -> Any:
+        """The file's graph, if the device has the precision that is asked for."""
+        if precision not in offered(self._of):
+            raise UsageError(f"The simulated device has no precision {precision!r}.", "Run with --precision fp32.")
+        return _graph(path)
 
     def profile(self, path: Path, *, threads: int, precision: str, runs: int) -> tuple[KernelSample, ...]:
         """See `Backend.profile`. Kernels take what the law says, at the speed the device has just then."""
-        if precision != "fp32":
-            raise UsageError(f"The simulated device has no precision {precision!r}.", "Run with --precision fp32.")
-        kernels = plan(_graph(path), self._of.law)
+        kernels = plan(self._graph(path, precision), self._of.law)
         times = np.empty((runs, len(kernels)), np.int64)
         for run in range(-PROFILE_WARMUP, runs):
             self._spend(self._of.law.inference_ns)
@@ -82,7 +87,7 @@ class SimulatedBackend:
         if self._of.law.opaque:
             whole = Kernel(
                 "Network", tuple(name for kernel in kernels for name in kernel.nodes), kernels[0].inputs, kernels[-1].outputs,
-                kernels[0].input_shapes, kernels[-1].output_shapes, 0.0,
+                kernels[0].input_shapes, kernels[-1].output_shapes, 0.0, any(kernel.integer for kernel in kernels),
             )  # fmt: skip
             kernels, times = [whole], times.sum(axis=1, keepdims=True)
         return tuple(
@@ -102,20 +107,20 @@ class SimulatedBackend:
 
 
 class SimulatedSession:
-    """`Session` whose inference takes what the law says."""
+    """`Session` whose inference takes what the law says. Integers are emulated, so that values do not depend on this machine."""
 
-    def __init__(self, path: Path, graph: Any, infer: Callable[[], object]) -> None:
-        self._path, self._infer = path, infer
+    def __init__(self, path: Path, graph: Any, infer: Callable[[], object], integer: bool) -> None:
+        self._path, self._infer, self._integer = path, infer, integer
         weights = {tensor.name for tensor in graph.initializer}
         self.inputs = tuple(_shape(value) for value in graph.input if value.name not in weights)
         self.outputs = tuple(map(_shape, graph.output))
         self._values: Session | None = None
 
     def run(self, feeds: Feeds) -> list[Array]:
-        from toolkit import backends
+        from toolkit.backends import emulated
 
         if self._values is None:
-            self._values = backends.get("onnxruntime").open(self._path, threads=1, precision="fp32")
+            self._values = emulated.open(self._path, threads=1, precision="fp32")
         self._infer()
         return self._values.run(feeds)
 
@@ -127,10 +132,15 @@ class SimulatedSession:
         return self._infer
 
     def executed_precision(self) -> tuple[str, str]:
-        return "fp32", "the law of the simulated device"
+        return "int8" if self._integer else "fp32", "the law of the simulated device"
 
     def close(self) -> None:
         self._values = None
+
+
+def offered(simulation: Simulation) -> tuple[Precision, ...]:
+    """The precisions that the device has kernels for."""
+    return ("fp32", "int8") if simulation.law.int8_rate else ("fp32",)
 
 
 def plan(graph: Any, law: Law) -> list[Kernel]:
@@ -138,6 +148,7 @@ def plan(graph: Any, law: Law) -> list[Kernel]:
     constant = fusion.constants(graph)
     shapes = {value.name: _dims(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    sizes, integers = _entry_bytes(graph), _dequantized(graph)
     readers: dict[str, int] = {}
     for node in graph.node:
         for tensor in node.input:
@@ -156,19 +167,27 @@ def plan(graph: Any, law: Law) -> list[Kernel]:
             members.append([node])
             last = len(members) - 1
         owner.update(dict.fromkeys(node.output, last))
-    return [_kernel(nodes, shapes, constant, law) for nodes in members]
+    return [_kernel(nodes, shapes, sizes, integers, constant, law) for nodes in members]
 
 
-def _kernel(nodes: list[Any], shapes: dict[str, tuple[int, ...]], constant: set[str], law: Law) -> Kernel:
+def _kernel(
+    nodes: list[Any],
+    shapes: dict[str, tuple[int, ...]],
+    sizes: dict[str, int],
+    integers: set[str],
+    constant: set[str],
+    law: Law,
+) -> Kernel:
     inside = {tensor for node in nodes for tensor in node.output}
     reads = [tensor for node in nodes for tensor in node.input if tensor and tensor not in inside]
     inputs = tuple(dict.fromkeys(tensor for tensor in reads if tensor not in constant))
     outputs = tuple(tensor for tensor in nodes[-1].output if tensor)
-    moved = sum(_bytes(shapes.get(tensor, ())) for tensor in (*dict.fromkeys(reads), *outputs))
+    moved = sum(_bytes(shapes.get(tensor, ()), sizes.get(tensor, 4)) for tensor in (*dict.fromkeys(reads), *outputs))
     head = nodes[0]
     work_ns = 0.0
+    integer = head.op_type in _COMPUTE and law.int8_rate > 0 and integers.issuperset(head.input[:2])
     if head.op_type in _COMPUTE:
-        work_ns = _work(head, shapes, law) / law.macs_per_s * 1e9
+        work_ns = _work(head, shapes, law) / (law.macs_per_s * (law.int8_rate if integer else 1.0)) * 1e9
     free = all(node.op_type in _VIEWS for node in nodes)
     return Kernel(
         op=head.op_type,
@@ -178,6 +197,7 @@ def _kernel(nodes: list[Any], shapes: dict[str, tuple[int, ...]], constant: set[
         input_shapes=tuple(shapes.get(tensor, ()) for tensor in inputs),
         output_shapes=tuple(shapes.get(tensor, ()) for tensor in outputs),
         cost_ns=0.0 if free else law.launch_ns + max(work_ns, moved / law.bytes_per_s * 1e9),
+        integer=integer,
     )
 
 
@@ -208,6 +228,32 @@ def _work(node: Any, shapes: dict[str, tuple[int, ...]], law: Law) -> float:
         count = -(-pixels // law.tile_pixels) * (c_out // law.block_out) * blocks
         work *= _up(count, law.tiles) / count
     return work
+
+
+def _dequantized(graph: Any) -> set[str]:
+    """Tensors that are floats in the file and 8-bit integers on the device."""
+    eight = {name for name, size in _stored(graph).items() if size == 1}
+    return {
+        tensor for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in eight for tensor in node.output
+    }
+
+
+def _entry_bytes(graph: Any) -> dict[str, int]:
+    """Bytes an entry of every tensor has on the device: what a DequantizeLinear makes stays as it was stored."""
+    sizes = _stored(graph)
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            sizes |= dict.fromkeys(node.output, sizes[node.input[0]])
+    return sizes
+
+
+def _stored(graph: Any) -> dict[str, int]:
+    """Bytes an entry of every tensor has in the file."""
+    from onnx import helper
+
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {name: helper.tensor_dtype_to_np_dtype(kind).itemsize for name, kind in types.items()}
 
 
 def _up(value: int, step: int) -> int:
@@ -241,5 +287,5 @@ def _dims(value: Any) -> tuple[int, ...]:
     return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim)
 
 
-def _bytes(dims: Any) -> int:
-    return 4 * abs(int(math.prod(dims)))
+def _bytes(dims: Any, entry: int) -> int:
+    return entry * abs(int(math.prod(dims)))

@@ -15,7 +15,7 @@ import numpy as np
 import calibration
 from toolkit import backends, devices, profiles
 from toolkit import bench as benches
-from toolkit.backends import Backend, Opener, emulated, trtexec
+from toolkit.backends import Backend, Opener, emulated, simulated, trtexec
 from toolkit.devices.link import Address, parse_address
 from toolkit.errors import DataError, MissingError, ModelError, UsageError
 from toolkit.export import DYNAMIC, Quantizing, Source, Wanted, export_artefacts, from_file, from_program
@@ -123,8 +123,9 @@ def find_place(request: ExportRequest) -> Place:
     """The profile at the precision that was asked, and its runtime; a device is not needed to build for it."""
     profile = profiles.load(request.profile)
     precision = request.precision or profile.precision
-    if profile.simulation is not None and precision != "fp32":
-        raise UsageError("A simulated device has no other precision than fp32.", "Run it again with -p local-onnxruntime.")
+    if profile.simulation is not None and precision not in (has := simulated.offered(profile.simulation)):
+        message = f"{profile.id} has {' and '.join(has)}, not {precision}."
+        raise UsageError(message, f"Run it again with --precision {has[-1]}, or with -p local-onnxruntime.")
     if request.compute_capability and profile.format != "tensorrt":
         raise UsageError("--compute-capability is of TensorRT profiles.", "Run it again with -p tensorrt-rtx, or without it.")
     if request.dynamic_batch and (profile.batch != 1 or profile.format == "tensorrt"):

@@ -17,7 +17,7 @@ import numpy as np
 import calibration
 from calibration import Dataset, Transform
 from toolkit import backends, devices, profiles
-from toolkit.backends import Backend
+from toolkit.backends import Backend, simulated
 from toolkit.devices import Device, local
 from toolkit.devices.link import parse_address
 from toolkit.errors import DataError, MissingError, UsageError
@@ -86,8 +86,7 @@ def open_target(
     profiles.check_measured(profile)
     precision = precision or profile.precision
     profile = msgspec.structs.replace(profile, threads=threads or profile.threads, precision=precision)
-    offered = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "int8", *(("bf16",) if measuring else ()))}
-    if precision not in offered.get(profile.runtime, ("fp32",)):
+    if precision not in offered(profile, measuring):
         message = f"--precision {precision} is nothing that this version can {'measure' if measuring else 'prune for'} with"
         raise UsageError(f"{message} {profile.runtime}.", "Run with --precision fp32; `edgekit export` writes all precisions.")
     if profile.batch != 1 and not measuring:
@@ -106,6 +105,15 @@ def open_target(
         with suppress(MissingError):
             here = backends.get(profile.runtime)
     return Target(profile, device, backend, found, profile_id, here)
+
+
+def offered(profile: Profile, measuring: bool) -> tuple[Precision, ...]:
+    """The precisions that networks can be pruned for, or only measured at, with a profile's runtime."""
+    if profile.simulation is not None:
+        return simulated.offered(profile.simulation)
+    if profile.runtime == "openvino":
+        return ("fp32", "int8", "bf16") if measuring else ("fp32", "int8")
+    return ("fp32", "int8") if profile.runtime == "onnxruntime" else ("fp32",)
 
 
 def placed(profile: Profile, on: str) -> Profile:
