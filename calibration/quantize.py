@@ -41,12 +41,18 @@ class Recipe:
     joining: tuple[str, ...]
 
 
-_THROUGHOUT = ("Add", "Concat", "GlobalAveragePool", "AveragePool", *PASSING)
+_ONNXRUNTIME = Recipe(
+    signed=False,
+    quantize_bias=True,
+    outputs=True,
+    transposed=False,
+    joining=("Add", "Concat", "GlobalAveragePool", "AveragePool", *PASSING),
+)
 RECIPES: Mapping[str, Recipe] = {
-    "onnxruntime": Recipe(signed=False, quantize_bias=True, outputs=True, transposed=False, joining=_THROUGHOUT),
+    "onnxruntime": _ONNXRUNTIME,
     "openvino": Recipe(signed=False, quantize_bias=False, outputs=False, transposed=True, joining=("Add",)),
     "tensorrt": Recipe(signed=True, quantize_bias=False, outputs=False, transposed=True, joining=()),
-    "simulated": Recipe(signed=True, quantize_bias=True, outputs=True, transposed=True, joining=_THROUGHOUT),
+    "simulated": _ONNXRUNTIME,  # which has the values of its files
 }
 
 

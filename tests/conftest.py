@@ -51,6 +51,20 @@ def quickstarted(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -
 
 
 @pytest.fixture(scope="session")
+def tool() -> Any:
+    """tools/verify as a module."""
+    import sys
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import module_from_spec, spec_from_loader
+
+    spec = spec_from_loader("verify", SourceFileLoader("verify", str(Path(__file__).parent.parent / "tools" / "verify")))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["verify"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def strided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A small trained network, as fields of a request, for whole runs on this machine; the bundled one is run as README says."""
     from networks import trained

@@ -255,7 +255,7 @@ def folder_of_images(tmp_path: Path) -> Path:
 
 @pytest.mark.timed
 @pytest.mark.parametrize("profile", ["local-onnxruntime", "local-openvino"])
-def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path, folder_of_images: Path) -> None:
+def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path, folder_of_images: Path, tool: Any) -> None:
     path = saved(exported(Block), tmp_path / "net.onnx")
     request = ExportRequest(
         model=str(path), out=str(tmp_path / "out"), profile=profile, precision="int8", data=str(folder_of_images), max_drop=50.0,
@@ -264,6 +264,7 @@ def test_int8_runs_as_int8_and_is_timed_beside_fp32(profile: str, tmp_path: Path
     made = export(request, quiet)
     last, record = made.artefacts[-1], made.artefacts[0].quantization
     assert last.executed_precision == "int8" and record is not None and record.layers == 3 and not record.kept_float
+    assert tool.integer_layers(profile.removeprefix("local-"), tmp_path / "out" / last.path) == 3  # as tools/verify counts them
     assert set(record.distortion_by_ranges) == {"minmax", "percentile", "mse"}
     assert record.distortion == min(record.distortion_by_ranges.values())
     assert len(made.ratios) == 1 and made.fp32_ns > 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -433,7 +430,7 @@ def model():
 
 
 @pytest.mark.slow
-def test_a_run_ends_inside_the_budget_in_modules_as_verify_sees_them(tmp_path, monkeypatch) -> None:
+def test_a_run_ends_inside_the_budget_in_modules_as_verify_sees_them(tool, tmp_path, monkeypatch) -> None:
     """Judged by the outside check's own functions; its timing needs a real runtime."""
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "groups").mkdir()
@@ -454,15 +451,10 @@ def test_a_run_ends_inside_the_budget_in_modules_as_verify_sees_them(tmp_path, m
     plan = load_json(Plan, tmp_path / "out" / "plan.json")
     assert plan.modules is not None and plan.modules.count == graph.count and plan.modules.units == graph.units
     assert "which class each module serves" in (tmp_path / "out" / "report.html").read_text()
-    loader = SourceFileLoader("verify", str(Path(__file__).parent.parent / "tools" / "verify"))
-    spec = spec_from_loader("verify", loader)
-    assert spec is not None
-    verify = module_from_spec(spec)
-    loader.exec_module(verify)
-    judged = verify.Run(tmp_path / "out", verify.parse([str(tmp_path / "out")]))
+    judged = tool.Run(tmp_path / "out", tool.parse([str(tmp_path / "out")]))
     for check in ("files", "hashes", "origin", "smaller", "plan", "shapes", "modules", "samples", "prediction", "verdict"):
-        said = verify.CHECKS[check](judged)
+        said = tool.CHECKS[check](judged)
         assert not said.startswith("skip"), (check, said)
     judged.plan["modules"]["units"] = {name: [0] * len(members) for name, members in plan.modules.units.items()}
-    with pytest.raises(verify.Problem, match="equal shares"):
-        verify.CHECKS["modules"](judged)
+    with pytest.raises(tool.Problem, match="equal shares"):
+        tool.CHECKS["modules"](judged)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import re
 import shutil
@@ -70,17 +68,6 @@ def entry(folder: Path, name: str, role: str) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("verify", str(TOOL))
-    spec = importlib.util.spec_from_loader("verify", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["verify"] = module
-    loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
