@@ -234,6 +234,7 @@ def torch_pruning_variants(case: Case, round_to: int) -> Iterator[tuple[str, Bui
                 gradients(model, case.calibration)
             if criterion == "hessian":
                 measure._accu_grad = squared_gradients(model, case.calibration[:BATCH])
+                measure._counter = dict.fromkeys(measure._accu_grad, BATCH)  # 1.6.1 divides by it
             gone = removed(case.dense, model, pruner)
         program = trace(model, example)
         return Torch(case, program, kept_channels(case.dense, gone, program))
