@@ -438,6 +438,13 @@ def test_what_cannot_run_here_is_judged_without_this_processors_kernels(tmp_path
     assert judged.backend is emulated and judged.weight_bits == 8
 
 
+def test_weights_of_seven_bits_are_for_kernels_that_saturate() -> None:
+    """A simulated device emulates integers, so there is nothing to try; a real runtime decides by what its kernels do."""
+    for profile, bits in (("simulated-npu", 8), ("local-onnxruntime", 0)):
+        found = quantizing_for(profiles.load(profile), backends.get("onnxruntime"), images())
+        assert found.weight_bits == bits
+
+
 @pytest.mark.slow
 def test_an_engine_is_for_the_compute_capability_asked_for(tmp_path: Path) -> None:
     rtx()

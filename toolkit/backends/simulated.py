@@ -148,7 +148,8 @@ def plan(graph: Any, law: Law) -> list[Kernel]:
     constant = fusion.constants(graph)
     shapes = {value.name: _dims(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    sizes, integers = _entry_bytes(graph), _dequantized(graph)
+    sizes = _entry_bytes(graph)
+    integers = {t for node in graph.node if node.op_type == "DequantizeLinear" for t in node.output if sizes[t] == 1}
     readers: dict[str, int] = {}
     for node in graph.node:
         for tensor in node.input:
@@ -230,30 +231,17 @@ def _work(node: Any, shapes: dict[str, tuple[int, ...]], law: Law) -> float:
     return work
 
 
-def _dequantized(graph: Any) -> set[str]:
-    """Tensors that are floats in the file and 8-bit integers on the device."""
-    eight = {name for name, size in _stored(graph).items() if size == 1}
-    return {
-        tensor for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in eight for tensor in node.output
-    }
-
-
 def _entry_bytes(graph: Any) -> dict[str, int]:
     """Bytes an entry of every tensor has on the device: what a DequantizeLinear makes stays as it was stored."""
-    sizes = _stored(graph)
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            sizes |= dict.fromkeys(node.output, sizes[node.input[0]])
-    return sizes
-
-
-def _stored(graph: Any) -> dict[str, int]:
-    """Bytes an entry of every tensor has in the file."""
     from onnx import helper
 
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    return {name: helper.tensor_dtype_to_np_dtype(kind).itemsize for name, kind in types.items()}
+    sizes = {name: helper.tensor_dtype_to_np_dtype(kind).itemsize for name, kind in types.items()}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            sizes |= dict.fromkeys(node.output, sizes[node.input[0]])
+    return sizes
 
 
 def _up(value: int, step: int) -> int:

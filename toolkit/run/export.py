@@ -229,7 +229,10 @@ def quantizing_for(
     max_drop: float = 1.0,
     keep_float: tuple[str, ...] = (),
 ) -> Quantizing:
-    """How a network becomes int8 for a profile; what cannot run here has eight bits, and is judged as an accelerator computes."""
+    """How a network becomes int8 for a profile; what cannot run here has eight bits, and is judged as an accelerator computes.
+
+    So is what a simulated device has: its backend emulates integers, and of those no sum saturates.
+    """
     here = profile.format != "tensorrt"
     return Quantizing(
         recipe=profile.runtime if here else "tensorrt",
@@ -239,7 +242,7 @@ def quantizing_for(
         ranges=ranges,
         max_drop=max_drop,
         keep_float=keep_float,
-        weight_bits=0 if here else 8,
+        weight_bits=0 if here and profile.simulation is None else 8,
     )
 
 
