@@ -373,6 +373,23 @@ def test_a_kernel_too_short_to_show_in_one_pass_is_no_other_kernel(missing: str)
     assert {kernel.name: float(np.mean(kernel.samples_ns)) for kernel in joined} == {"a": 5000, "b": 500, "c": 7000}
 
 
+def test_kernels_that_a_session_names_anew_are_told_apart_by_what_they_read() -> None:
+    def layout(name: str, tensor: str, latency_ns: int, shape: int = 8) -> KernelSample:
+        return KernelSample(name, "Reorder", (), (tensor,), (tensor,), ((shape,),), ((shape,),), np.full(5, latency_ns))
+
+    def means(first: list[KernelSample], second: list[KernelSample]) -> list[float]:
+        return [float(np.mean(kernel.samples_ns)) for kernel in kernels._joined(first, second)]
+
+    # ONNX Runtime swaps the names of two layout changes, and may swap their order.
+    before = [layout("R", "a", 5000), layout("R_1", "b", 1000)]
+    after = [layout("R", "b", 1000), layout("R_1", "a", 5000)]
+    assert means(before, after) == [5000, 1000]
+    # OpenVINO counts on from what the process compiled before; what has one shape is told apart by its order.
+    before = [layout("R_7", "Split_7", 5000), layout("R_8", "Split_8", 3000), layout("R_9", "Split_9", 1000, shape=4)]
+    after = [layout("R_17", "Split_17", 5000), layout("R_18", "Split_18", 3000), layout("R_19", "Split_19", 1000, shape=4)]
+    assert means(before, after) == [5000, 3000, 1000]
+
+
 @pytest.mark.timed
 def test_a_transposed_convolution_works_at_its_inputs(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ class KernelSample:
     output_shapes: tuple[tuple[int, ...], ...]
     samples_ns: NDArray[np.int64]
     implementation: str = ""
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What is the same in every session. Runtimes number what they make themselves, OpenVINO by a counter of the process."""
+        tensors = (re.sub(r"\d+$", "", name) for name in (*self.inputs, *self.outputs))
+        return self.op, self.nodes, self.input_shapes, self.output_shapes, *tensors
 
 
 class Opener(Protocol):

@@ -191,14 +191,21 @@ def _weights(path: Path) -> dict[str, Weight]:
     return found
 
 
-def _joined(first: tuple[KernelSample, ...], second: tuple[KernelSample, ...]) -> list[KernelSample]:
+def _joined(first: Sequence[KernelSample], second: Sequence[KernelSample]) -> list[KernelSample]:
     """Both passes' samples. A kernel too short for the profiler's clock may show in one only: in the other it took nothing."""
-    others = {kernel.name: kernel for kernel in second}
-    found = []
-    for kernel in first:
-        other = others.pop(kernel.name, None)
-        more = np.zeros_like(kernel.samples_ns) if other is None else other.samples_ns
-        found.append(replace(kernel, samples_ns=np.concatenate([kernel.samples_ns, more])))
-    for kernel in others.values():
-        found.append(replace(kernel, samples_ns=np.concatenate([np.zeros_like(kernel.samples_ns), kernel.samples_ns])))
+    found, others = _placed(first), _placed(second)
+    silent = {place: replace(kernel, samples_ns=np.zeros_like(kernel.samples_ns)) for place, kernel in (found | others).items()}
+    return [
+        replace(kernel, samples_ns=np.concatenate([(side.get(place) or kernel).samples_ns for side in (found, others)]))
+        for place, kernel in silent.items()
+    ]
+
+
+def _placed(kernels: Sequence[KernelSample]) -> dict[tuple[tuple[object, ...], int], KernelSample]:
+    """By place; several that nothing tells apart by their order."""
+    seen = Counter[tuple[object, ...]]()
+    found = {}
+    for kernel in kernels:
+        found[kernel.place, seen[kernel.place]] = kernel
+        seen[kernel.place] += 1
     return found
