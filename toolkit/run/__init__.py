@@ -697,6 +697,7 @@ def command_of(request: RunRequest) -> str:
 def make_plan(job: loop.Job, outcome: loop.Outcome, report: Report) -> Plan:
     alive = outcome.attempt.cut.state.alive
     removed = {g.name: g.removed for g in report.groups}
+    delivered = min(outcome.iterations, key=lambda turn: abs(turn.ratio - outcome.attempt.measured.ratio))
     return Plan(
         model=job.request.model,
         method=job.request.method,
@@ -705,7 +706,7 @@ def make_plan(job: loop.Job, outcome: loop.Outcome, report: Report) -> Plan:
         table=job.model.table_id,
         dense_ns=report.dense_ns,
         budget_ns=report.budget_ns,
-        target_ns=outcome.iterations[-1].target_ns,
+        target_ns=delivered.target_ns,
         predicted_ns=report.predicted_ns,
         optimality_gap=report.optimality_gap,
         rounds=outcome.rounds,

@@ -1,0 +1,83 @@
+"""When the closed loop is content, and what it delivers: the control alone, with measurements as given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import samples
+
+from toolkit.budget import parse_budget
+from toolkit.prune.allocate import Allocation
+from toolkit.prune.pruner import Cut, Scores
+from toolkit.run import demo_request, loop
+from toolkit.schema import Comparison
+
+BUDGET = 0.5
+
+
+def measured(share: float) -> Comparison:
+    """A comparison at this share of the budget, timed to 0.1 %."""
+    ratio = share * BUDGET
+    return samples.comparison(ratio=ratio, ratio_ci95=(0.999 * ratio, 1.001 * ratio))
+
+
+def close(monkeypatch: pytest.MonkeyPatch, turns: Sequence[tuple[float, float]], confirmed: Sequence[float] = ()) -> Any:
+    """The loop's outcome where its turns measure (share of the budget, loss) and its confirmations what they are given, else the
+    same again; and what was confirmed."""
+    given, again = iter(turns), iter(confirmed)
+    seen: list[float] = []
+
+    def attempt(*args: Any) -> loop.Attempt:
+        share, loss = next(given)
+        widths = {"conv": round(1000 * share)}
+        cut, allocation = Cut(None, 0.0, None), Allocation(widths, 1.0, loss, 0.0)
+        return loop.Attempt(cut, allocation, (), Path(), measured(share), BUDGET, None)
+
+    def confirm(job: loop.Job, found: loop.Attempt) -> loop.Attempt:
+        seen.append(job.share(found.measured))
+        return replace(found, confirmed=measured(next(again, seen[-1])))
+
+    monkeypatch.setattr(loop, "solve", lambda *args: None)
+    monkeypatch.setattr(loop, "attempt", attempt)
+    monkeypatch.setattr(loop, "confirm", confirm)
+    monkeypatch.setattr(loop, "save_json", lambda *args: None)
+    monkeypatch.setattr(loop, "remembered", lambda *args: None)
+    request = msgspec.structs.replace(demo_request("out", parse_budget(f"{BUDGET}x")), rounds=1)
+    job = loop.Job(
+        request=request, program=SimpleNamespace(groups=()), target=None, images=None, candidates={}, table=None,
+        dense_path=Path(), dense_ns=1e6, folder=Path(), budget=BUDGET, exact_ns=0.0, progress=lambda *args: None,
+        memory=SimpleNamespace(bytes_at=lambda widths: 1.0),
+    )  # fmt: skip
+    return loop.close(job, first=Scores({}, (), {}, 0)), seen
+
+
+@pytest.mark.parametrize(
+    ("turns", "delivered", "taken"),
+    [
+        ([(0.97, 2.0)], 0.97, 1),  # close enough at once
+        ([(0.955, 2.0), (0.99, 1.0)], 0.99, 2),  # some budget was left
+        ([(0.955, 2.0), (0.955, 2.0)], 0.955, 2),  # the grid has nothing between
+        ([(0.955, 2.0), (1.03, 1.0)], 0.955, 2),  # too slow: the one before it
+        ([(0.955, 1.0), (0.99, 2.0)], 0.955, 2),  # slower, and loses more
+        ([(0.90, 3.0), (0.955, 2.0), (0.90, 3.0)], 0.955, 3),
+        ([(1.1, 1.0), (1.1, 1.0), (1.1, 1.0), (0.955, 2.0)], 0.955, 4),  # no turn is left
+        ([(1.1, 1.0), (1.05, 1.1), (0.94, 4.0), (1.01, 2.0)], 0.94, 4),
+    ],
+)
+def test_what_the_budget_leaves_unused_is_worth_one_more_turn(monkeypatch, turns, delivered: float, taken: int) -> None:
+    found, confirmed = close(monkeypatch, turns)
+    assert found.attempt.measured.ratio == pytest.approx(delivered * BUDGET) and len(found.iterations) == taken
+    assert confirmed == pytest.approx([delivered])  # timed in a fresh process, and no other
+
+
+def test_a_network_that_its_confirmation_contradicts_is_not_delivered(monkeypatch) -> None:
+    found, _ = close(monkeypatch, [(0.955, 2.0), (0.99, 1.0), (0.96, 1.9)], confirmed=[1.02])
+    assert found.attempt.measured.ratio == pytest.approx(0.96 * BUDGET) and len(found.iterations) == 3
+    found, _ = close(monkeypatch, [(0.98, 1.0), (0.94, 3.0), (0.94, 3.0), (0.97, 2.0)], confirmed=[1.02])
+    assert found.attempt.measured.ratio == pytest.approx(0.97 * BUDGET)
