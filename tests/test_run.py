@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import msgspec
 import networks
@@ -21,7 +22,7 @@ from toolkit import run as job
 from toolkit.budget import parse_budget
 from toolkit.errors import BudgetError, UsageError
 from toolkit.graph import example_input, trace
-from toolkit.run import loop
+from toolkit.run import loop, prepare
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
 from toolkit.run.prepare import allocatable, variant_maker
@@ -51,8 +52,11 @@ def test_left_to_itself_the_precision_is_the_one_that_loses_less(tool, tmp_path,
     Judged by the outside check's own functions, but for those that need a real runtime's times or integers.
     """
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    solved = mock.Mock(wraps=variant_maker)  # the networks that both tables are measured on are exported once
+    monkeypatch.setattr(prepare, "variant_maker", solved)
     wanted = msgspec.structs.replace(request(tmp_path / "auto", "0.25x"), precision="auto", profile="simulated-cpu")
     report = job.run(wanted, quiet)
+    assert solved.call_count == 1
     assert (report.verdict, report.precision) == ("met", "int8")
     lost = {choice.precision: choice.distortion for choice in report.precision_choices}
     assert set(lost) == {"fp32", "int8"} and (lost["fp32"] is None or lost["int8"] < lost["fp32"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ from toolkit.run.prepare import (  # noqa: E402
     load_and_trace,
     load_images,
     open_target,
+    table_networks,
 )
 
 
@@ -130,7 +132,9 @@ def open_case(folder: Path, samples: int, seed: int) -> Case:
     traced = load_and_trace(request.model, request.weights, request.preprocess, 0)
     candidates, _ = allocatable(traced.program, request.keep, request.min_width)
     images = load_images(request, traced.preprocess, traced.classes, quiet)
-    table = latency_table(target, traced.program, candidates, 0, report.dense_ns, quiet)
+    with tempfile.TemporaryDirectory() as temporary:
+        networks = table_networks(traced.program, candidates, Path(temporary), 0, quiet, target.profile.batch)
+        table = latency_table(target, networks, candidates, 0, report.dense_ns, quiet)
     full = {group.name: group.width for group in traced.program.groups}
     evaluation = torch.from_numpy(calibration.load_batch(images.evaluation, images.indices, images.transform))
     dense = outputs(Engine.of(traced.program), evaluation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import re
@@ -45,6 +46,7 @@ from toolkit.run.export import quantizing_for
 from toolkit.run.finetune import finetune
 from toolkit.run.prepare import (
     Images,
+    Networks,
     Target,
     Traced,
     allocatable,
@@ -52,6 +54,7 @@ from toolkit.run.prepare import (
     load_and_trace,
     load_images,
     open_target,
+    table_networks,
 )
 from toolkit.run.psap import psap
 from toolkit.run.training import Trainer, forget, samples_for, trains
@@ -184,6 +187,7 @@ def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress
         progress,
         held=held,
         dense=dense,
+        batch=target.profile.batch,
         trainer=trainer,
     )
 
@@ -228,7 +232,7 @@ def deliver(
 
 def tidy(out: Path) -> None:
     """Remove what only the way to a result needed."""
-    for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered"):
+    for leftover in (*out.glob(".attempt*"), out / ".floor", out / ".lowered", out / ".networks"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -283,7 +287,14 @@ class Beginning:
     progress: Progress
     held: Mapping[str, str]  # groups that are left whole, with the reason
     dense: tuple[Artefact, ...]
+    batch: int
     trainer: Trainer | None = None  # of a run that trains weights
+
+    @functools.cached_property
+    def networks(self) -> Networks:
+        """Of all its tables."""
+        folder, seed = self.out / ".networks", self.request.seed
+        return table_networks(self.traced.program, self.candidates, folder, seed, self.progress, self.batch)
 
 
 def open_jobs(begin: Beginning, targets: Sequence[Target]) -> tuple[loop.Job, tuple[PrecisionChoice, ...], Scores | None]:
@@ -335,7 +346,7 @@ def job_without_floor(begin: Beginning, target: Target) -> loop.Job:
             lowered = lower_dense(begin, target)
     with clock.step("table"):
         in_float = [layer.layer for layer in lowered[2].kept_float] if lowered else []
-        table = latency_table(target, program, begin.candidates, request.seed, begin.dense_ns, begin.progress, in_float)
+        table = latency_table(target, begin.networks, begin.candidates, request.seed, begin.dense_ns, begin.progress, in_float)
         candidates = table.model.far_edges(begin.candidates, {group.name: group.width for group in program.groups})
     job = loop.Job(
         request=request,
@@ -788,7 +799,8 @@ def measure(
         path = Path(folder) / "dense.onnx"
         save_onnx(to_onnx(traced.program, target.profile.batch), path, {})
         dense = benches.measure(target.profile, path, time_limit_s=30.0)
-    table = latency_table(target, traced.program, candidates, seed, dense.latency_ns, progress)
+        networks = table_networks(traced.program, candidates, Path(folder), seed, progress, target.profile.batch)
+        table = latency_table(target, networks, candidates, seed, dense.latency_ns, progress)
     summary = table.model.summary(str(table.folder))
     if out is not None:
         whose = "local" if target.device.remote else target.profile.device  # whoever is there, or goes there with --on

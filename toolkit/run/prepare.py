@@ -261,29 +261,54 @@ def allocatable(
     return free, held
 
 
+@dataclass(frozen=True)
+class Networks:
+    """What latency tables of a program are measured on, in fp32: whatever the precision, its exports are the same."""
+
+    maker: VariantMaker
+    dropped: Sequence[tuple[dict[str, int], Path]]
+
+
+def table_networks(
+    program: Program, candidates: Mapping[str, Sequence[int]], folder: Path, seed: int, progress: Progress, batch: int = 1
+) -> Networks:
+    """Width variants, and exports with dropped branches in the folder, which must last as long as they."""
+    progress("width variants", 0, 1)
+    maker = variant_maker(program, candidates, seed, progress, batch)
+    dropped = dropped_networks(program, candidates, folder, seed, batch)
+    progress("width variants", 1, 1)
+    return Networks(maker, dropped)
+
+
 def latency_table(
     target: Target,
-    program: Program,
+    networks: Networks,
     candidates: Mapping[str, Sequence[int]],
     seed: int,
     dense_ns: float,
     progress: Progress,
     in_float: Sequence[str] = (),
 ) -> ModelTable:
-    """Measure, or load from the cache, the latency table of this program on this device.
+    """Measure, or load from the cache, the latency table of a program's networks on this device.
 
     Args:
         in_float: nodes of the exported file that stay in fp32 where the target's precision is int8.
     """
-    progress("width variants", 0, 1)
-    batch, lower = target.profile.batch, lowering(target, in_float)
-    maker = replace(variant_maker(program, candidates, seed, progress, batch), finish=lower, in_float=frozenset(in_float))
+    lower = lowering(target, in_float)
+    maker = replace(networks.maker, finish=lower, in_float=frozenset(in_float))
     with tempfile.TemporaryDirectory() as folder:
-        extra = dropped_networks(program, candidates, Path(folder), seed, batch, lower)
-        progress("width variants", 1, 1)
+        extra = [(widths, lowered(path, lower, Path(folder)) if lower else path) for widths, path in networks.dropped]
         table = ModelTable(target.profile, target.fingerprint, target.device, maker, candidates, table_folder(target), seed)
         table.measure(seconds=measuring_seconds(dense_ns), extra=extra, progress=progress)
     return table
+
+
+def lowered(path: Path, lower: Lower, folder: Path) -> Path:
+    """The file of this network at the lower precision."""
+    import onnx
+
+    save_onnx(lower(onnx.load(path)), folder / path.name, {})
+    return folder / path.name
 
 
 def lowering(target: Target, in_float: Sequence[str] = ()) -> Lower | None:
@@ -330,18 +355,17 @@ def dropped_networks(
     folder: Path,
     seed: int,
     batch: int = 1,
-    lower: Lower | None = None,
 ) -> list[tuple[dict[str, int], Path]]:
     """Real exports with random branches dropped, which variants cannot be: they anchor what dropping saves."""
     droppable = [name for name, widths in candidates.items() if 0 in widths]
     rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for i in range(EXTRA_NETWORKS if droppable else 0):
         widths = {g.name: g.width for g in program.groups}
         widths |= {name: rng.choice([w for w in options if w > 0]) for name, options in candidates.items()}
         widths |= dict.fromkeys(rng.sample(droppable, max(1, len(droppable) * (i + 1) // (EXTRA_NETWORKS + 1))), 0)
         path = folder / f"dropped{i}.onnx"
-        model = to_onnx(floor_state(program, widths).program, batch)
-        save_onnx(lower(model) if lower else model, path, {})
+        save_onnx(to_onnx(floor_state(program, widths).program, batch), path, {})
         found.append((widths, path))
     return found
