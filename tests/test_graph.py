@@ -117,11 +117,12 @@ def test_a_branch_alone_goes_whole(pattern) -> None:
 @pytest.mark.parametrize("pattern", EVERY)
 def test_a_sliced_program_runs_any_batch_and_trains(pattern) -> None:
     program = traced(pattern)
+    assert program.batch == (1 if pattern in patterns.SINGLE else None)
     sliced = apply(program, random_plan(program, 1)).module
-    x = torch.randn(5, *patterns.SHAPES[pattern][1:], requires_grad=True)
+    x = torch.randn(program.batch or 5, *patterns.SHAPES[pattern][1:], requires_grad=True)
     outputs = tree_leaves(sliced(x))
-    for all_five, third in zip(outputs, tree_leaves(sliced(x[2:3])), strict=True):
-        assert torch.allclose(all_five[2:3], third, rtol=1e-4, atol=1e-5)
+    for whole, last in zip(outputs, tree_leaves(sliced(x[-1:])), strict=True):
+        assert torch.allclose(whole[-1:], last, rtol=1e-4, atol=1e-5)
     sum(output.square().sum() for output in outputs).backward()
     assert {name for name, p in sliced.named_parameters() if p.grad is None} == patterns.IDLE[pattern]
 
@@ -145,7 +146,7 @@ def test_a_sliced_program_moves_to_another_device(pattern) -> None:
     program = trace(Fresh(), torch.randn(1, 3, 8, 8)) if pattern is Fresh else traced(pattern)
     sliced = apply(program, random_plan(program, 1)).module
     to_device(sliced, torch.device("meta"))  # has no values, and refuses what comes from elsewhere
-    outputs = tree_leaves(sliced(torch.empty(5, *program.example.shape[1:], device="meta")))
+    outputs = tree_leaves(sliced(torch.empty(program.batch or 5, *program.example.shape[1:], device="meta")))
     assert {output.device.type for output in outputs} == {"meta"}
     sum(output.square().sum() for output in outputs).backward()
 
@@ -414,6 +415,21 @@ class Branching(nn.Module):
 def test_a_model_that_cannot_be_exported_is_an_error_with_torchs_reason() -> None:
     with pytest.raises(ModelError, match="torch.export cannot trace"):
         trace(Branching(), example_input(SHAPE))
+
+
+class Coded(patterns.Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.code(super().forward(x))
+
+
+def test_a_name_that_torch_keeps_for_itself_is_told() -> None:
+    with pytest.raises(ModelError, match=r"called code, .*\n?.*torch.nn.Sequential\(model\)"):
+        trace(Coded(), example_input(SHAPE))
+    assert len(trace(nn.Sequential(Coded()), example_input(SHAPE)).prunable) > len(traced(patterns.Chain).prunable)
 
 
 def test_a_wrong_input_shape_is_named() -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import nn
 
 from patterns import attention, convolutions, gates, joins, norms, outputs, reshapes, streams, weights
-from patterns.registry import IDLE, PATTERNS, SHAPES
+from patterns.registry import IDLE, PATTERNS, SHAPES, SINGLE
 
 __all__ = [
-    "IDLE", "PATTERNS", "SHAPES",
+    "IDLE", "PATTERNS", "SHAPES", "SINGLE",
     "attention", "convolutions", "gates", "joins", "norms", "outputs", "reshapes", "streams", "weights",
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ Model = TypeVar("Model", bound="type[nn.Module]")
 PATTERNS: dict[type[nn.Module], tuple[dict[str, int], set[str]]] = {}  # widths of its prunable groups, and which may go whole
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {}  # of its input
 IDLE: dict[type[nn.Module], set[str]] = {}  # parameters that get no gradient
+SINGLE: set[type[nn.Module]] = set()  # traced for one image at a time
 
 
 def pattern(
@@ -22,6 +23,7 @@ def pattern(
     drops: Iterable[str] = (),
     shape: tuple[int, ...] = (1, 3, 8, 8),
     idle: Iterable[str] = (),
+    single: bool = False,
     **widths: int,
 ) -> Callable[[Model], Model]:
     """Register a network under the widths of its prunable groups; names that are no identifiers come in a mapping."""
@@ -29,6 +31,7 @@ def pattern(
     def register(model: Model) -> Model:
         PATTERNS[model] = {**widths, **(groups or {})}, set(drops)
         SHAPES[model], IDLE[model] = shape, set(idle)
+        SINGLE.update([model] if single else [])
         return model
 
     return register

@@ -192,3 +192,86 @@ class CondensedWeights(Net):
     def forward(self, x):
         weight = self.a.weight + F.pad(self.point, (1, 1, 1, 1))
         return self.head(mean(F.relu(F.conv2d(F.relu(self.stem(x)), weight, self.a.bias, padding=1))))
+
+
+@pattern(a=8, routing=3, experts=6, single=True)
+class Experts(Net):
+    """Each image has a kernel of its own, mixed from three; the images of a batch are a convolution's groups."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), routing=nn.Linear(8, 3), experts=table(3, 6, 8, 3, 3), head=nn.Linear(6, 4))
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        kernels = torch.einsum("nk,kocij->nocij", torch.sigmoid(self.routing(mean(x))), self.experts)
+        mixed = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), padding=1, groups=len(x))
+        return self.head(mean(F.relu(mixed.reshape(len(x), -1, *x.shape[2:]))))
+
+
+@pattern(a=8, routing=3, single=True)
+class FlatExperts(Net):
+    """Kernels of a depthwise convolution mixed for each image from rows of a table; as a conditional convolution has it."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), routing=nn.Linear(8, 3), experts=table(3, 8 * 9), head=nn.Linear(8, 4))
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        images, channels, *size = x.shape
+        kernels = (torch.sigmoid(self.routing(mean(x))) @ self.experts).view(images * channels, 1, 3, 3)
+        mixed = F.conv2d(x.reshape(1, images * channels, *size), kernels, padding=1, groups=images * channels)
+        return self.head(mean(F.relu(mixed.permute(1, 0, 2, 3).view(images, channels, *size))))
+
+
+@pattern(a=8)
+class Bounds(Net):
+    """Every channel is clamped to bounds of its own, then all to bounds that are buffers of one entry."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), low=-table(8, 1, 1).abs(), high=table(8, 1, 1).abs(), head=nn.Linear(8, 4))
+        self.register_buffer("most", torch.tensor(0.5))
+
+    def forward(self, x):
+        x = torch.clamp(self.a(x), self.low, self.high)
+        return self.head(mean(torch.clamp(x, max=self.most)))
+
+
+@pattern({"cell.weight_ih": 5}, a=8)
+class GatedRecurrence(Net):
+    """Rows of a map, one after the other, through a gated recurrent cell."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), cell=nn.GRUCell(8, 5), head=nn.Linear(5, 4))
+
+    def forward(self, x):
+        rows = F.relu(self.a(x)).mean(3).unbind(2)
+        state = torch.zeros(len(x), 5, device=x.device)
+        for row in rows[:3]:
+            state = self.cell(row, state)
+        return self.head(state)
+
+
+@pattern({"cell.weight_hh": 5}, a=8)
+class LongShortTerm(Net):
+    """Rows of a map through a cell with two states."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), cell=nn.LSTMCell(8, 5), head=nn.Linear(5, 4))
+
+    def forward(self, x):
+        rows = F.relu(self.a(x)).mean(3).unbind(2)
+        state = memory = torch.zeros(len(x), 5, device=x.device)
+        for row in rows[:3]:
+            state, memory = self.cell(row, (state, memory))
+        return self.head(state)
+
+
+@pattern(a=8)
+class Prototypes(Net):
+    """Distances of every position to so many points that they are computed by a product."""
+
+    def __init__(self) -> None:
+        super().__init__(a=conv(3, 8), points=table(40, 8), head=nn.Linear(40, 4))
+
+    def forward(self, x):
+        return self.head(torch.cdist(tokens(self.a(x)), self.points.expand(len(x), -1, -1)).amin(1))

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from toolkit.errors import ProofError
 from toolkit.graph.labels import Entries
 from toolkit.graph.program import BATCH_NORMS, LINEARS, Program, analyse, operand
-from toolkit.graph.proof import TOLERANCE, doubled, flat, randomise
+from toolkit.graph.proof import TOLERANCE, apart, doubled, randomise
 from toolkit.graph.rules import aten
 from toolkit.graph.rules.core import argument, operators
 from toolkit.graph.rules.entrywise import BINARY, UNARY
@@ -552,13 +552,3 @@ def prove_modules(program: Program, modules: Assignment, modular: Modular, seed:
         message = f"The modular program is wrong: relative error {worst:.2e} against the masked one (limit {TOLERANCE:g})."
         raise ProofError(message, "Please report this model. Another --method works without modules.")
     return worst
-
-
-def apart(reference: GraphModule, other: GraphModule, x: torch.Tensor) -> float:
-    """Relative difference of two programs' outputs on an input; infinite where their shapes differ."""
-    with torch.no_grad():
-        pairs = list(zip(flat(reference(x)), flat(other(x)), strict=True))
-    if any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
-    return worst if np.isfinite(worst) else float("inf")

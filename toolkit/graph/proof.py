@@ -10,7 +10,8 @@ hide a wrong slice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -212,22 +213,33 @@ def error(program: Program, sliced: Program, kept: Mapping[str, Sequence[int]], 
         own = all(torch.equal(value, made[name]) for name, value in shared(sliced.module, made))
         worst = 0.0 if own else float("inf")
     else:
-        worst = difference(reference, cut, x)
+        worst = apart(reference.run, cut, x)
     randomise(dense, seed)
     drawn = slices(program, dense, kept)
     for name, value in shared(cut, drawn):
         value.copy_(drawn[name])
-    return max(worst, difference(reference, cut, x))
+    return max(worst, apart(reference.run, cut, x))
 
 
-def difference(reference: Masked, cut: GraphModule, x: torch.Tensor) -> float:
-    """Relative difference of the sliced program from the masked one on an input."""
-    with torch.no_grad():
-        pairs = list(zip(flat(reference.run(x)), flat(cut(x)), strict=True))
+def apart(reference: Callable[[torch.Tensor], object], other: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+    """Relative difference of two programs' outputs on an input in float64; infinite where their shapes differ."""
+    with torch.no_grad(), new_tensors_in_float64():
+        pairs = list(zip(flat(reference(x)), flat(other(x)), strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
     worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
     return worst if np.isfinite(worst) else float("inf")
+
+
+@contextmanager
+def new_tensors_in_float64() -> Iterator[None]:
+    """Tensors that a program makes itself, as the state that a recurrence begins with, are of the default type."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def widen(module: GraphModule) -> None:

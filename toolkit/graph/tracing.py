@@ -19,14 +19,17 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
 from toolkit.errors import ModelError
-from toolkit.graph.rules import entrywise, indexing, reshaping
+from toolkit.graph.rules import entrywise, indexing, mixing, reshaping
 from toolkit.graph.rules.core import PARTS_RULES, RULES, Shape, operators
 from toolkit.graph.rules.reshaping import COPIES, PERMUTES, VIEWS, order_of
 
 ASSERTIONS = operators("_assert_tensor_metadata", "_assert_scalar", "_assert_async.msg", "sym_constrain_range_for_size")
 LAYOUT_BOUND = operators("view", "_unsafe_view")
 FOLD_LIMIT = 1 << 26  # entries; what is larger stays a computation
-DECOMPOSED = operators("einsum", "tensordot", "linalg_vecdot", "inner", "outer", "cdist", "multi_head_attention_forward")
+DECOMPOSED = operators(
+    "einsum", "tensordot", "linalg_vecdot", "inner", "outer", "cdist", "_euclidean_dist",
+    "multi_head_attention_forward", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell",
+)  # fmt: skip
 
 
 def example_input(shape: Sequence[int]) -> torch.Tensor:
@@ -41,6 +44,12 @@ def capture(model: torch.nn.Module, example: torch.Tensor) -> tuple[GraphModule,
         ModelError: torch.export refuses the model (its own message is kept), or the example does not fit it.
     """
     model = model.eval()
+    parts = [name for held in (model._modules, model._parameters, model._buffers) for name in held]
+    if taken := [name for name in parts if hasattr(GraphModule, name)]:
+        raise ModelError(
+            f"A part of the model is called {taken[0]}, a name that torch.fx keeps for itself.",
+            "Rename it, or put the model into another module: torch.nn.Sequential(model).",
+        )
     wide = example[:1].expand(2, *example.shape[1:]).contiguous()
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -56,6 +65,8 @@ def capture(model: torch.nn.Module, example: torch.Tensor) -> tuple[GraphModule,
         module = export(model, wide, dynamic=True)
         if is_concrete_int(next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]):
             generalise(module, export(model, torch.cat([wide, wide[:1]]), dynamic=False))
+        if any(map(mixing.has_kernel_per_image, module.graph.nodes)):
+            raise ValueError("kernels are computed for each image; of one image they are a convolution's")
     except Exception:
         batch = 1
         try:

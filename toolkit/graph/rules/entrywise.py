@@ -25,6 +25,7 @@ BINARY = """
     atan2 fmod.Tensor remainder.Tensor floor_divide logical_and logical_or logical_xor bitwise_and.Tensor bitwise_or.Tensor
     gt.Tensor lt.Tensor ge.Tensor le.Tensor eq.Tensor ne.Tensor where.self where.ScalarOther where.ScalarSelf masked_fill.Scalar
     masked_fill.Tensor lerp.Tensor lerp.Scalar addcmul addcdiv multiply.Tensor divide.Tensor subtract.Tensor true_divide.Tensor
+    clamp.Tensor clamp_min.Tensor clamp_max.Tensor clip.Tensor copysign.Tensor hypot heaviside logaddexp logaddexp2 xlogy.Tensor
 """.split()
 
 

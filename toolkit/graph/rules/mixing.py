@@ -24,8 +24,17 @@ def is_transposed(node: Node) -> bool:
 
 def conv_groups(node: Node) -> int:
     """Number of groups of a convolution."""
-    at = 8 if node.target in operators("convolution") else 6
-    return int(argument(node, at, "groups", 1))
+    return int(groups_argument(node))
+
+
+def groups_argument(node: Node) -> Any:
+    """A number, or the node that computes it."""
+    return argument(node, 8 if node.target in operators("convolution") else 6, "groups", 1)
+
+
+def has_kernel_per_image(node: Node) -> bool:
+    """Whether a convolution takes the images of a batch as its groups."""
+    return node.target in (*CONVOLUTIONS, *TRANSPOSED) and isinstance(groups_argument(node), Node)
 
 
 @rule(*CONVOLUTIONS, *TRANSPOSED)
