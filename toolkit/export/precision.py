@@ -173,6 +173,13 @@ class RoughInt8:
         except calibration.DataProblem as problem:
             raise ModelError(problem.message, problem.hint) from problem
 
+    def file(self, path: Path, out: Path) -> Path:
+        """The network of a file, written to another."""
+        import onnx
+
+        save_onnx(self(onnx.load(str(path))), out, {})
+        return out
+
     def _quantized(self, model: Any) -> Any:
         ready = calibration.prepared(model)
         if not self._ranges.keys() >= calibration.activations(ready, self._recipe).keys():

@@ -29,7 +29,6 @@ from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
 from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
 
 Progress = Callable[[str, float, float], None]
-Lower = Callable[[Any], Any]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
 DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (50.0, 180.0)
@@ -297,21 +296,13 @@ def latency_table(
     lower = lowering(target, in_float)
     maker = replace(networks.maker, finish=lower, in_float=frozenset(in_float))
     with tempfile.TemporaryDirectory() as folder:
-        extra = [(widths, lowered(path, lower, Path(folder)) if lower else path) for widths, path in networks.dropped]
+        extra = [(widths, lower.file(path, Path(folder) / path.name) if lower else path) for widths, path in networks.dropped]
         table = ModelTable(target.profile, target.fingerprint, target.device, maker, candidates, table_folder(target), seed)
         table.measure(seconds=measuring_seconds(dense_ns), extra=extra, progress=progress)
     return table
 
 
-def lowered(path: Path, lower: Lower, folder: Path) -> Path:
-    """The file of this network at the lower precision."""
-    import onnx
-
-    save_onnx(lower(onnx.load(path)), folder / path.name, {})
-    return folder / path.name
-
-
-def lowering(target: Target, in_float: Sequence[str] = ()) -> Lower | None:
+def lowering(target: Target, in_float: Sequence[str] = ()) -> RoughInt8 | None:
     """What turns a network in fp32 into one that takes as long as at the target's precision; None where it is that already."""
     if target.profile.precision != "int8":
         return None
