@@ -45,7 +45,7 @@ def capture(model: torch.nn.Module, example: torch.Tensor) -> tuple[GraphModule,
     """
     model = model.eval()
     parts = [name for held in (model._modules, model._parameters, model._buffers) for name in held]
-    if taken := [name for name in parts if hasattr(GraphModule, name)]:
+    if taken := [name for name in parts if hasattr(GraphModule, name) and not hasattr(torch.nn.Module, name)]:
         raise ModelError(
             f"A part of the model is called {taken[0]}, a name that torch.fx keeps for itself.",
             "Rename it, or put the model into another module: torch.nn.Sequential(model).",
