@@ -8,6 +8,7 @@ spent (by multiply-accumulates and by the clock), and the growth of memory.
 
   tools/bench_scoring.py edgekit-out --images 128 --passes 0,5,20        fewer images
   tools/bench_scoring.py edgekit-out --no-brute                          a large network: cost only
+  tools/bench_scoring.py edgekit-out --no-brute --passes 20 --round      and a whole round of `causal`
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ from toolkit.prune.effects import (  # noqa: E402
     sensitivities,
 )
 from toolkit.prune.engine import Cached, Engine, cache  # noqa: E402
-from toolkit.run.prepare import load_and_trace, load_images  # noqa: E402
+from toolkit.prune.pruner import State, score  # noqa: E402
+from toolkit.prune.repair import outputs  # noqa: E402
+from toolkit.run.loop import EFFECT_PASSES  # noqa: E402
+from toolkit.run.prepare import Traced, allocatable, load_and_trace, load_images  # noqa: E402
 
 SIGNIFICANT = ("critical", "detrimental")
 CACHE_BYTES = 1e9
@@ -102,12 +106,36 @@ def scoring(engine: Engine, images: torch.Tensor, passes: float, seed: int) -> d
     }
 
 
+def whole_round(traced: Traced, images: np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
+    """What the first round of a run costs: effects, orders and the responses of every candidate width."""
+    began = time.monotonic()
+    outputs(Engine.of(traced.program), torch.from_numpy(images))
+    one_pass_s = time.monotonic() - began
+    candidates, _ = allocatable(traced.program)
+    began = time.monotonic()
+    found = score(
+        traced.program, State(traced.program), images, candidates, "causal",
+        repair=True, round_=0, seed=seed, effect_passes=EFFECT_PASSES, progress=lambda *_: None,
+    )  # fmt: skip
+    wall_s = time.monotonic() - began
+    return {
+        "widths": sum(len(widths) for widths in found.losses.values()),
+        "images": len(images),
+        "images_of_responses": found.images,
+        "pass_s": round(one_pass_s, 2),
+        "wall_s": round(wall_s, 1),
+        "passes_by_the_clock": round(wall_s / one_pass_s, 1),
+        "memory_peak_bytes": peak_bytes(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--images", type=int, default=256, help="calibration images (default 256)")
     parser.add_argument("--passes", default="0,5,20,60", help="budgets of forward passes (default 0,5,20,60)")
     parser.add_argument("--no-brute", action="store_true", help="cost only")
+    parser.add_argument("--round", action="store_true", help="the cost of a whole first round of `causal`, responses included")
     parser.add_argument("-o", "--output", type=Path, help="results as JSON; other models' are kept")
     given = parser.parse_args()
     try:
@@ -141,6 +169,9 @@ def main() -> None:
         counts = {c: truth[1].count(c) for c in ("critical", "neutral", "detrimental", "undecided")}
         found["brute_force"] = counts | {"passes": round(brute_passes(cache(engine, sample, CACHE_BYTES)), 1)}
         note(json.dumps(found["brute_force"]))
+    if given.round:
+        found["round"] = whole_round(traced, images.calibration[: given.images], request.seed)
+        note(json.dumps(found["round"]))
     if given.output:
         document = json.loads(given.output.read_text()) if given.output.exists() else {"results": []}
         document["results"] = [r for r in document["results"] if r["model"] != name] + [found]
