@@ -5,6 +5,7 @@ A profile is `<folder>/profile.json`. The ones in `hw_profiles` are known by id;
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -100,6 +101,9 @@ def check_measurable(profile: Profile) -> None:
 def json_schema() -> str:
     """The JSON schema of a profile.json, from the record itself; `hw_profiles/profile.schema.json` is a copy for editors."""
     schema = msgspec.json.schema(Profile)
+    for each in schema["$defs"].values():
+        if "description" in each:  # some versions of msgspec leave a docstring indented
+            each["description"] = inspect.cleandoc(each["description"])
     record = schema["$defs"]["Profile"]
     complete = [name for name in record["required"] if name != "id"]
     record |= {"required": ["id"], "anyOf": [{"required": ["extends"]}, {"required": complete}]}
