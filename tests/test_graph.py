@@ -417,6 +417,15 @@ def test_a_model_that_cannot_be_exported_is_an_error_with_torchs_reason() -> Non
         trace(Branching(), example_input(SHAPE))
 
 
+def test_bounds_of_one_entry_are_not_drawn_anew() -> None:
+    """The smallest over the largest would make every output the same, and every cut right."""
+    module = proofs.doubled(traced(patterns.Bounds).module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    proofs.randomise(module, 0)
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == before.keys() - {"most"}
+
+
 class Coded(patterns.Chain):
     def __init__(self) -> None:
         super().__init__()

@@ -165,10 +165,14 @@ def doubled(module: GraphModule) -> GraphModule:
 
 
 def randomise(module: GraphModule, seed: int) -> None:
-    """Draw every parameter and statistic anew: none zero, variances positive, activations of order one."""
+    """Draw every parameter and statistic anew: none zero, variances positive, activations of order one.
+
+    Buffers of one entry stay: no cut reaches them, and bounds drawn in the wrong order would make all outputs the same.
+    """
     generator = torch.Generator().manual_seed(seed)
+    single = {name for name, value in module.named_buffers() if value.numel() == 1}
     for name, value in module.state_dict().items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() or name in single:
             continue
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith("running_var"):
