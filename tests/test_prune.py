@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import patterns
 import pytest
@@ -13,12 +15,12 @@ from torch import nn
 from toolkit.graph import Program, apply, example_input, trace
 from toolkit.prune import effects as causes
 from toolkit.prune.consumers import Consumer, by_image, consumer, product, rows, scored
-from toolkit.prune.engine import Engine, cache, chunked, distortion, joined
-from toolkit.prune.order import RIDGE, Linear, damped, eliminate
+from toolkit.prune.engine import Cached, Engine, cache, chunked, distortion, joined
+from toolkit.prune.order import RIDGE, STIFFER, Linear, damped, eliminate, stiffness
 from toolkit.prune.positions import FLOOR, chosen, inclusions, position_importance
 from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, kept_channels, score
 from toolkit.prune.repair import RIDGES, Goal, outputs, refit, repair, ridge_solver
-from toolkit.prune.responses import group_responses, masked
+from toolkit.prune.responses import gram, group_responses, masked, sums
 
 SHAPE = (1, 3, 8, 8)
 
@@ -292,6 +294,42 @@ def test_a_duplicated_channel_goes_first_and_costs_nothing() -> None:
     assert RIDGE < 0.1
 
 
+@pytest.mark.parametrize("count", [16, 4000])
+def test_the_ridge_is_the_one_that_errs_least_on_other_rows_and_stiffer_where_rows_are_scarce(count) -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(24, 24))
+    x = torch.from_numpy(rng.normal(size=(count, 24)) @ mixing)
+    other = torch.from_numpy(rng.normal(size=(500, 24)) @ mixing) if count < 24 else x
+    weight, importance = torch.from_numpy(rng.normal(size=(4, 24))), torch.from_numpy(rng.uniform(0.1, 10.0, 4))
+    item = Linear(weight, x.T @ x / count, rng.permutation(24).reshape(12, 2), importance)
+
+    def error(factor: float) -> float:
+        change = eliminate([replace(item, ridge=factor * item.ridge)], [6]).weights[6][0] - item.weight
+        return float(((other @ change.T).square().mean(0) * importance).sum())
+
+    found = stiffness([item], [(item.gram, other.T @ other / len(other))], 6)
+    assert found == min(STIFFER, key=error)
+    assert (found > 1.0) == (count < 24)
+
+
+@pytest.mark.parametrize("pieces", [(70,), (30, 40), (20, 20, 20, 10)])
+def test_parts_of_the_images_have_the_moments_of_the_whole(pieces) -> None:
+    program = traced(patterns.Residual)
+    engine, x = Engine.of(program), images(70)
+    cached = Cached(engine, x, (), (0,), tuple({0: part} for part in x.split(list(pieces))), torch.empty(0))
+    matters = position_importance(engine, x)
+    for name in program.group("a1").consumers:
+        c = consumer(program, program.nodes[name])
+        assert c is not None
+        whole, (first, others) = gram(cache(engine, x), c, matters), sums(cached, c, matters)
+        assert (others is None) == (len(pieces) == 1)
+        joined = first + others if others else first
+        assert first.count / joined.count == pytest.approx({1: 1.0, 2: 3 / 7, 4: 6 / 7}[len(pieces)])
+        assert joined.gram(c).rows == whole.rows
+        assert torch.allclose(joined.gram(c).matrix, whole.matrix, atol=1e-5)
+        assert torch.allclose(joined.around(joined.gram(c).mean), whole.matrix, atol=1e-5)
+
+
 # --- repair -----------------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +506,20 @@ def test_repair_never_makes_held_back_images_worse_and_changes_no_shape() -> Non
         assert (done.after < done.before) == done.kept
         assert {k: v.shape for k, v in done.program.module.state_dict().items()} == {k: v.shape for k, v in before.items()}
         assert all(torch.equal(before[k], v) for k, v in sliced.module.state_dict().items())
+
+
+def test_nothing_is_solved_on_the_images_that_judge_a_repair() -> None:
+    program = traced(patterns.Chain)
+    plan = {g.name: tuple(range(max(1, g.width // 2))) for g in program.prunable}
+    sliced, x = apply(program, plan), images(64)
+    other = torch.cat([x[:-8], images(8, seed=1)])
+    one, two = (repair(Engine.of(program), sliced, plan, each, quiet) for each in (x, other))
+    assert one.kept and two.kept and one.after != two.after
+    mine, theirs = one.program.module.state_dict(), two.program.module.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    for done, each in ((one, x), (two, other)):
+        dense, after = outputs(Engine.of(program), each[-8:]), outputs(Engine.of(done.program), each[-8:])
+        assert done.after == pytest.approx(distortion(after, dense), rel=1e-4)
 
 
 def test_a_repair_that_does_not_help_is_not_kept() -> None:

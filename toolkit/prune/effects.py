@@ -91,7 +91,7 @@ def sensitivities(program: Program, engine: Engine, images: torch.Tensor, seed: 
     parts: dict[str, list[Array]] = {g.name: [] for g in scored(program)}
     importance: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for chunk in chunked(program, images):
+    for chunk in chunked(program, images, backward=True):
         masks = {g.name: torch.ones(len(chunk), g.width, requires_grad=True) for g in scored(program)}
         outputs_of: dict[str, torch.Tensor] = {}
 

@@ -172,10 +172,13 @@ def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([o.reshape(len(o), -1) for o in outputs], 1)
 
 
-def chunked(program: Program, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Images in pieces that the program runs at once; pieces keep the largest activation under about 40 MB."""
-    largest = max(int(torch.Size(s[1:]).numel()) for s in program.shapes.values() if len(s) > 1 and s[0] == len(program.example))
-    size = program.batch or max(1, min(64, int(1e7) // largest))
+def chunked(program: Program, images: torch.Tensor, *, backward: bool = False) -> tuple[torch.Tensor, ...]:
+    """Images in pieces that the program runs at once; pieces keep the largest activation under about 40 MB, with `backward` all
+    activations together, as gradients need them, under about 600 MB.
+    """
+    sizes = [torch.Size(s[1:]).numel() for s in program.shapes.values() if len(s) > 1 and s[0] == len(program.example)]
+    fitting = 1.5e8 / sum(sizes) if backward else 1e7 / max(sizes)
+    size = program.batch or max(1, min(64, int(fitting)))
     return tuple(images[i : i + size] for i in range(0, len(images), size))
 
 

@@ -10,7 +10,7 @@ old weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from toolkit.graph.labels import Entries
 
 EXACT_COLUMNS = 1500  # more columns than this are eliminated in float32
 RIDGE = 3e-3  # of the mean diagonal of G, with many more rows than columns
+STIFFER = (1.0, 3.0, 10.0, 30.0)  # factors on the ridge that are tried where rows are scarce
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,25 @@ class Elimination:
 def ridge_for(columns: int, rows: int) -> float:
     """A ridge that grows as rows get scarce: with fewer rows than columns the old weights are the better guess."""
     return RIDGE * (1 + 10 * columns / max(rows, 1))
+
+
+def stiffness(consumers: Sequence[Linear], moments: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int) -> float:
+    """The factor on all ridges, of STIFFER, with which weights solved on some rows down to `width` channels err least on others.
+
+    Args:
+        moments: by consumer the Gram matrix of some rows, and E (x - m) (x - m)^T over the others, m the mean that the first has.
+    """
+
+    def error(factor: float) -> float:
+        items = [replace(c, gram=seen, ridge=factor * c.ridge) for c, (seen, _) in zip(consumers, moments, strict=True)]
+        solved = eliminate(items, [width]).weights[width]
+        total = 0.0
+        for c, (_, held), weight in zip(consumers, moments, solved, strict=True):
+            change = weight - c.weight
+            total += float((((change @ held) * change).sum(1) * c.importance).sum())
+        return total
+
+    return min(STIFFER, key=error)
 
 
 def damped(gram: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:

@@ -41,7 +41,7 @@ def position_importance(engine: Engine, images: torch.Tensor, seed: int = 0) -> 
     consumers = {n.name: c for n in program.module.graph.nodes if (c := consumer(program, n))}
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
-    for chunk in chunked(program, images[:IMAGES]):
+    for chunk in chunked(program, images[:IMAGES], backward=True):
         with torch.enable_grad():
             out, outputs = engine.run(chunk.detach().requires_grad_(), keep=consumers)
             logits = joined(out)

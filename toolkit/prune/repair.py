@@ -7,7 +7,8 @@ the pruned and already repaired layers before it really produce:
 
 with X [n, D] its inputs in the pruned network and T [n, O] what the dense network has at that place. Where the output joins
 a residual stream, T also carries what the stream lacks by then: T = (dense sum) - (pruned other operand). No labels, no
-gradients. The ridge l is chosen on held-back images, "leave it as it is" among the choices.
+gradients. The ridge l is chosen on rows held back, "leave it as it is" among the choices, and then they are solved on too.
+Whether the repair is kept, and what it is said to give, is judged on images that nothing was solved or chosen on.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from toolkit.prune.consumers import Consumer, can_shift, consumer, grouped, matr
 from toolkit.prune.engine import Cached, Engine, Values, chunked, distortion, joined
 from toolkit.prune.positions import Importance, Positions, chosen, position_importance
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # where rows are scarce, the large ones
 ROWS, GROUPED_ROWS = 16_000, 4_000  # at least as many; a grouped operator's rows are as wide, but its maps are small
-HELD_BACK = 0.25
+JUDGED = 1 / 8  # of the images: the whole repair is judged on them, and nothing is solved on them
+HELD_BACK = 0.25  # of the others: ridges are chosen on them, before they are solved on too
 LARGEST_GRAM = 6000
 FOLLOWERS = 4  # operators behind a dropped branch that may make up for it
 
@@ -36,8 +38,8 @@ Progress = Callable[[str, float, float], None]
 
 
 class LayerRepair(msgspec.Struct, frozen=True):
-    """What happened at one operator: relative squared error on held-back rows before and after, and the ridge (-1: left
-    alone).
+    """What happened at one operator: relative squared error before and after, on rows that were held back when the ridge was
+    chosen, and the ridge (-1: left alone).
     """
 
     node: str
@@ -48,7 +50,7 @@ class LayerRepair(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Repaired:
-    """The repaired program, and the distortion of its outputs on held-back images before and after."""
+    """The repaired program, and the distortion of its outputs before and after, on images that nothing was solved on."""
 
     program: Program
     layers: tuple[LayerRepair, ...]
@@ -251,10 +253,12 @@ def repair(
     Args:
         dense: the original network. Its node names are the pruned program's.
         alive: per group the surviving original channels; groups that are missing are whole.
-        images: calibration inputs [M, ...]; the last quarter is held back for choosing.
+        images: at least two calibration inputs [M, ...]; the last eighth is held back for judging.
         orders: by operator, where its output channels have come from among the surviving ones; those missing are in order.
     """
     program = pruned
+    judges = max(1, round(len(images) * JUDGED))
+    images, held = images[:-judges], images[-judges:]
     matters = position_importance(dense, images)
     # an operator that lost some of its positions, as one that mixes tokens does when channels are its positions, is left alone
     consumers = {
@@ -296,7 +300,6 @@ def repair(
                     if engine.layout.last_use.get(source.name, -1) == i:
                         env.pop(source.name, None)
     progress("repair", total, total)
-    held = images[round(len(images) * (1 - HELD_BACK)) :]
     reference = outputs(dense, held)
     before, after = distortion(outputs(engine, held), reference), distortion(outputs(running, held), reference)
     kept = after < before

@@ -7,7 +7,7 @@ every group and width. Width 0 silences a residual branch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from toolkit.graph.program import operand
 from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
-from toolkit.prune.order import EXACT_COLUMNS, Elimination, Linear, eliminate, ridge_for
+from toolkit.prune.order import EXACT_COLUMNS, Elimination, Linear, eliminate, ridge_for, stiffness
 from toolkit.prune.positions import Importance, chosen
 from toolkit.prune.repair import without_branch
 from toolkit.schema import Effect, Response
 
 LARGEST_GRAM = 6000  # columns; wider consumers (a classifier behind a flatten) are cut without repair here
 ROWS = 12_000
+SCARCE = 4  # rows a column, under which the ridge decides
 
 Progress = Callable[[str, float, float], None]
 
@@ -41,6 +42,28 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Sums over weighted rows x [D] of a consumer's inputs: of w x, w x x^T, w and w^2. Those of different images add up."""
+
+    total: torch.Tensor
+    square: torch.Tensor
+    count: float
+    power: float
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.total + other.total, self.square + other.square, self.count + other.count, self.power + other.power)
+
+    def gram(self, c: Consumer) -> Gram:
+        mean = self.total / self.count if can_shift(c) else torch.zeros_like(self.total)
+        return Gram(mean, self.square / self.count - torch.outer(mean, mean), round(self.count**2 / self.power))
+
+    def around(self, center: torch.Tensor) -> torch.Tensor:
+        """E (x - center) (x - center)^T."""
+        mean = self.total / self.count
+        return self.square / self.count - torch.outer(mean, center) - torch.outer(center, mean) + torch.outer(center, center)
+
+
+@dataclass(frozen=True)
 class GroupResponses:
     """Responses of one group and the order of removal that they belong to (channel indices, first to go first)."""
 
@@ -48,24 +71,35 @@ class GroupResponses:
     order: tuple[int, ...]
 
 
-def gram(cached: Cached, c: Consumer, matters: Importance) -> Gram:
-    """Moments of the consumer's input rows over the cached images, each row counted by what an error there does."""
+def sums(cached: Cached, c: Consumer, matters: Importance) -> tuple[Sums, Sums | None]:
+    """Of the consumer's input rows over about three quarters of the cached images and over the others (None: too few images),
+    each row counted by what an error there does.
+    """
     engine = cached.engine
     node = engine.program.nodes[c.node]
     start, stop = cached.restart(c.node), engine.position[c.source]
     positions = chosen(matters[c.node], max(1, -(-max(ROWS, 2 * c.columns) // len(cached.images))), c.node)
-    total, square = torch.zeros(c.columns, dtype=torch.float64), torch.zeros(c.columns, c.columns, dtype=torch.float64)
-    count, power = 0.0, 0.0
+    parts: list[Sums | None] = [None, None]
+    pieces = len(cached.values)
     with torch.no_grad():
-        for values in cached.values:
+        for i, values in enumerate(cached.values):
             x = values[start] if stop == start else engine.run(values[start], start, stop=stop)[0][0]
             sample = rows(c, node, x, positions.at)
             counts = positions.weight.repeat(len(sample) // len(positions.at))
-            total += (counts @ sample).double()
-            square += (sample.T @ (sample * counts[:, None])).double()
-            count, power = count + float(counts.sum()), power + float(counts.square().sum())
-    mean = total / count if can_shift(c) else torch.zeros_like(total)
-    return Gram(mean, square / count - torch.outer(mean, mean), round(count**2 / power))
+            square = (sample.T @ (sample * counts[:, None])).double()
+            found = Sums((counts @ sample).double(), square, float(counts.sum()), float(counts.square().sum()))
+            part = int(i > 0 and i >= 0.75 * pieces - 0.5)
+            before = parts[part]
+            parts[part] = found if before is None else before + found
+    first, others = parts
+    assert first is not None
+    return first, others
+
+
+def gram(cached: Cached, c: Consumer, matters: Importance) -> Gram:
+    """Moments of the consumer's input rows over all cached images."""
+    first, others = sums(cached, c, matters)
+    return (first + others if others else first).gram(c)
 
 
 def overrides(c: Consumer, params: Mapping[str, torch.Tensor], moments: Gram, weight: torch.Tensor) -> Values:
@@ -95,20 +129,31 @@ def magnitude_order(program: Program, group: str, params: Mapping[str, torch.Ten
     return [int(n) for n in np.argsort(norm, kind="stable")]
 
 
-def linears(cached: Cached, sensitivity: Sensitivity, group: str) -> list[tuple[Consumer, Gram, Linear]] | None:
-    """The group's consumers as linear maps, or None where one of them cannot be repaired in closed form here."""
+def linears(cached: Cached, sensitivity: Sensitivity, group: str, width: int) -> list[tuple[Consumer, Gram, Linear]] | None:
+    """The group's consumers as linear maps, or None where one of them cannot be repaired in closed form here.
+
+    Where rows are scarce, as where only the class token counts, the ridge is the one of several with which the weights of `width`
+    channels err least on images that they were not solved on.
+    """
     program = cached.engine.program
-    found = []
+    found, apart = [], []
     for name in program.group(group).consumers:
         c = consumer(program, program.nodes[name])
         if c is None or c.columns > LARGEST_GRAM:
             return None
-        moments = gram(cached, c, sensitivity.positions)
+        first, others = sums(cached, c, sensitivity.positions)
+        moments = (first + others if others else first).gram(c)
         weight = matrix(cached.engine.params[c.weight])
         importance = sensitivity.importance.get(name, torch.ones(len(weight), dtype=torch.float64))
         ridge = ridge_for(c.columns, moments.rows)
         found.append((c, moments, Linear(weight, moments.matrix, group_columns(program, c, group), importance, ridge)))
-    return found
+        if others and moments.rows < SCARCE * c.columns and c.columns <= EXACT_COLUMNS:
+            seen = first.gram(c)
+            apart.append((seen.matrix, others.around(seen.mean)))
+    if len(apart) < len(found) or not width:
+        return found
+    stiffer = stiffness([each[2] for each in found], apart, width)
+    return [(c, moments, replace(item, ridge=stiffer * item.ridge)) for c, moments, item in found]
 
 
 def group_responses(
@@ -135,9 +180,9 @@ def group_responses(
     program, params = cached.engine.program, cached.engine.params
     width = program.group(group).width
     first = first_consumer(program, cached.engine, group)
-    maps = linears(fit, sensitivity, group) if repair or None in orders.values() else None
     positive = [w for w in widths if 0 < w < width]
     middle = positive[len(positive) // 2] if positive else 0
+    maps = linears(fit, sensitivity, group, middle) if repair or None in orders.values() else None
 
     def outcome(elimination: Elimination, at: int) -> torch.Tensor:
         changed: Values = {}
