@@ -19,7 +19,7 @@ from toolkit.prune.engine import Cached, Engine, cache, chunked, distortion, joi
 from toolkit.prune.order import RIDGE, STIFFER, Linear, damped, eliminate, stiffness
 from toolkit.prune.positions import FLOOR, chosen, inclusions, position_importance
 from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, kept_channels, score
-from toolkit.prune.repair import RIDGES, Goal, outputs, refit, repair, ridge_solver
+from toolkit.prune.repair import RIDGES, Goal, downhill, outputs, refit, repair, ridge_solver
 from toolkit.prune.responses import gram, group_responses, masked, sums
 
 SHAPE = (1, 3, 8, 8)
@@ -342,6 +342,15 @@ def test_the_ridge_solution_is_stationary_in_primal_and_dual(n, d) -> None:
     level = float(x.square().sum() / d) * 1e-2
     gradient = (x.double() @ change.T - residual).T @ x.double() + level * change
     assert gradient.abs().max() < 1e-3
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12, unique=True), st.integers(0, 11))
+def test_the_bottom_of_a_valley_is_found_and_no_place_is_tried_twice(heights, left) -> None:
+    falling, rising = sorted(heights[:left], reverse=True), sorted(heights[left:])
+    valley, tried = [*falling, *rising], []
+    found = downhill(lambda place: tried.append(place) or valley[int(place)], [float(i) for i in range(len(valley))])
+    assert found == (float(valley.index(min(heights))), min(heights))
+    assert len(tried) == len(set(tried))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import msgspec
 import torch
@@ -145,6 +146,16 @@ def ridge_solver(x: torch.Tensor, residual: torch.Tensor) -> Callable[[float], t
     return solve
 
 
+def downhill(value: Callable[[float], float], among: Sequence[float]) -> tuple[float, float]:
+    """(place, value) of the least value among ascending places, if it has no other valley: walked to from the middle."""
+    at = cache(lambda i: value(among[i]))
+    i = len(among) // 2
+    for step in (1, -1):
+        while 0 <= i + step < len(among) and at(i + step) < at(i):
+            i += step
+    return among[i], at(i)
+
+
 @dataclass(frozen=True)
 class Goal:
     """What an operator's output rows should be.
@@ -224,20 +235,21 @@ def refit(
     held_x, held_r = x[held], residual[held]
     before = error(held_r)
     xs, rs, mean_x, mean_r = centred(seen)
-    trials = {}
     solve = ridge_solver(grouped(c, xs), grouped(c, rs))
-    for ridge in RIDGES:
+
+    def trial(ridge: float) -> float:
         change = solve(ridge).float().flatten(0, 1)
-        trials[ridge] = error(held_r - product(c, held_x - mean_x, change) - mean_r)
-    best = min(trials, key=lambda k: trials[k])
-    if not trials[best] < before:
+        return error(held_r - product(c, held_x - mean_x, change) - mean_r)
+
+    best, after = downhill(trial, RIDGES)
+    if not after < before:
         return {}, LayerRepair(c.node, before, before, -1.0)
     xs, rs, mean_x, mean_r = centred(slice(None))
     change = ridge_solver(grouped(c, xs), grouped(c, rs))(best).flatten(0, 1)
     changed: Values = {c.weight: (matrix(params[c.weight]) + change).to(params[c.weight].dtype).reshape(params[c.weight].shape)}
     if shift:
         changed |= shifted(c, params, (mean_r.double() - product(c, mean_x[None].double(), change)[0]).float())
-    return changed, LayerRepair(c.node, before, trials[best], best)
+    return changed, LayerRepair(c.node, before, after, best)
 
 
 def repair(
