@@ -81,3 +81,19 @@ def test_a_network_that_its_confirmation_contradicts_is_not_delivered(monkeypatc
     assert found.attempt.measured.ratio == pytest.approx(0.96 * BUDGET) and len(found.iterations) == 3
     found, _ = close(monkeypatch, [(0.98, 1.0), (0.94, 3.0), (0.94, 3.0), (0.97, 2.0)], confirmed=[1.02])
     assert found.attempt.measured.ratio == pytest.approx(0.97 * BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("turns", "confirmations", "delivered", "seen"),
+    [
+        ([(0.97, 2.0), (0.985, 1.0)], [0.92], 0.985, [0.97, 0.985]),
+        ([(0.97, 2.0), (1.03, 1.0)], [0.92], 0.97, [0.97]),  # nothing between: what was confirmed stays so
+        ([(0.97, 2.0), (0.985, 1.0), (0.96, 1.9)], [0.92, 1.02], 0.96, [0.97, 0.985, 0.96]),
+        ([(0.97, 2.0), (0.98, 1.9), (0.98, 1.8), (0.98, 1.7)], [0.94, 0.94, 0.94, 0.94], 0.98, [0.97, 0.98, 0.98, 0.98]),
+        ([(0.955, 2.0), (0.99, 1.0)], [0.951], 0.99, [0.99]),
+    ],
+)
+def test_what_a_fresh_process_leaves_unused_is_worth_more_turns(monkeypatch, turns, confirmations, delivered, seen) -> None:
+    found, confirmed = close(monkeypatch, turns, confirmations)
+    assert found.attempt.measured.ratio == pytest.approx(delivered * BUDGET) and len(found.iterations) == len(turns)
+    assert confirmed == pytest.approx(seen)

@@ -466,8 +466,8 @@ def rung_for(job: Job, ladder: Sequence[Rung]) -> Rung:
 
 
 def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) -> Outcome:
-    """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget, and once more where
-    that leaves more than 3.5 % of it unused.
+    """All rounds, the last of them repeated until the measured latency is inside [0.95, 1.00] of the budget, in a fresh process
+    too, and once more where that leaves more than 3.5 % of it unused.
 
     `first`: the scores of the dense network, where they are known. `ladder`: networks of looser budgets to go on from.
     """
@@ -507,10 +507,13 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
                 good.append(turn)
             if good and (decided or good[0] < turn):
                 best = min(good, key=lambda i: tried[i].loss)
-                tried[best] = again = confirm(job, tried[best])
-                if met(job, again):
+                if tried[best].confirmed:
                     break
-                good.remove(best)
+                tried[best] = again = confirm(job, tried[best])
+                if not met(job, again):
+                    good.remove(best)
+                elif job.final_share(confirmation(again)) >= LOWEST or nothing_gained(job, again):
+                    break
                 # the confirmation knows better: from here on, and with this table from now on, it is what this plan measures
                 scale *= confirmation(again).ratio / again.measured.ratio
                 save_json(remembered(job, again.allocation.widths), confirmation(again))
