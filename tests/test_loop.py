@@ -27,6 +27,15 @@ def measured(share: float) -> Comparison:
     return samples.comparison(ratio=ratio, ratio_ci95=(0.999 * ratio, 1.001 * ratio))
 
 
+def a_job() -> loop.Job:
+    request = msgspec.structs.replace(demo_request("out", parse_budget(f"{BUDGET}x")), rounds=1)
+    return loop.Job(
+        request=request, program=SimpleNamespace(groups=()), target=None, images=None, candidates={}, table=None,
+        dense_path=Path(), dense_ns=1e6, folder=Path(), budget=BUDGET, exact_ns=0.0, progress=lambda *args: None,
+        memory=SimpleNamespace(bytes_at=lambda widths: 1.0),
+    )  # fmt: skip
+
+
 def close(monkeypatch: pytest.MonkeyPatch, turns: Sequence[tuple[float, float]], confirmed: Sequence[float] = ()) -> Any:
     """The loop's outcome where its turns measure (share of the budget, loss) and its confirmations what they are given, else the
     same again; and what was confirmed."""
@@ -48,13 +57,7 @@ def close(monkeypatch: pytest.MonkeyPatch, turns: Sequence[tuple[float, float]],
     monkeypatch.setattr(loop, "confirm", confirm)
     monkeypatch.setattr(loop, "save_json", lambda *args: None)
     monkeypatch.setattr(loop, "remembered", lambda *args: None)
-    request = msgspec.structs.replace(demo_request("out", parse_budget(f"{BUDGET}x")), rounds=1)
-    job = loop.Job(
-        request=request, program=SimpleNamespace(groups=()), target=None, images=None, candidates={}, table=None,
-        dense_path=Path(), dense_ns=1e6, folder=Path(), budget=BUDGET, exact_ns=0.0, progress=lambda *args: None,
-        memory=SimpleNamespace(bytes_at=lambda widths: 1.0),
-    )  # fmt: skip
-    return loop.close(job, first=Scores({}, (), {}, 0)), seen
+    return loop.close(a_job(), first=Scores({}, (), {}, 0)), seen
 
 
 @pytest.mark.parametrize(
@@ -97,3 +100,20 @@ def test_what_a_fresh_process_leaves_unused_is_worth_more_turns(monkeypatch, tur
     found, confirmed = close(monkeypatch, turns, confirmations)
     assert found.attempt.measured.ratio == pytest.approx(delivered * BUDGET) and len(found.iterations) == len(turns)
     assert confirmed == pytest.approx(seen)
+
+
+def test_between_too_fast_and_too_slow_the_loop_aims_between(monkeypatch) -> None:
+    """Where latency has a step that the table has not, its correction leads from one side of the step to the other and back."""
+
+    def attempt(job: loop.Job, state: Any, scores: Any, aim: float, scale: float, folder: Path) -> loop.Attempt:
+        share = 0.926 if aim < 0.50 else 0.98 if aim < 0.51 else 1.013
+        allocation = Allocation({"conv": round(1e6 * aim)}, 1.0, 1.0 - aim, 0.0)
+        return loop.Attempt(Cut(None, 0.0, None), allocation, (), Path(), measured(share), aim * scale, None)
+
+    monkeypatch.setattr(loop, "solve", lambda job, state, scores, aim, *others: aim)
+    monkeypatch.setattr(loop, "attempt", attempt)
+    monkeypatch.setattr(loop, "confirm", lambda job, found: replace(found, confirmed=found.measured))
+    found = loop.close(a_job(), first=Scores({}, (), {}, 0))
+    assert [step.ratio / BUDGET for step in found.iterations] == pytest.approx([0.926, 1.013, 0.926, 0.98])
+    assert [step.target_ns for step in found.iterations] == pytest.approx([step.predicted_ns for step in found.iterations])
+    assert found.attempt.measured.ratio == pytest.approx(0.98 * BUDGET)

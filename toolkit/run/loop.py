@@ -31,6 +31,7 @@ CLOSE = 0.965  # share of the budget under which one more turn is spent: what th
 MAX_ITERATIONS = 4
 GLANCE_S = 5.0  # of timing the floor's network, where nothing depends on its last per cents
 UNSTEADY = 0.08  # relative, how far the dense latency may be off the run's first before a session is repeated
+STEP = 0.005  # relative, by which an aim has to differ from one before it
 NEAR_FLOOR = 0.5  # floor / budget from which on the floor's own network is worth delivering; far above it, it would lose too much
 UNSURE = 1.3  # what a floor whose measurement is not valid may be off, generously
 EFFECT_PASSES = 20.0
@@ -491,14 +492,23 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
         part = 1.0 if start.rounds else part  # of the way to the memory limit: looser budgets have kept to it
         tried: list[Attempt] = []
         good: list[int] = []  # turns whose networks could be delivered
+        fast, slow = 0.0, math.inf  # aims whose networks were too fast, and too slow
         for turn in range(MAX_ITERATIONS if last else 1):
-            allocation = solve(job, state, scores, share / scale, part, REFINEMENTS if last else 1)
+            aim = share / scale
+            if 0.0 < fast < slow < math.inf and not fast * (1 + STEP) < aim < slow * (1 - STEP):
+                aim = (fast + slow) / 2  # the correction would lead back to one of them
+            allocation = solve(job, state, scores, aim, part, REFINEMENTS if last else 1)
+            target = aim * scale
             found = attempt(job, state, scores, allocation, scale, job.folder / f".attempt{r}.{turn}")
             tried.append(found)
             scale *= found.measured.ratio / found.predicted
-            iterations.append(iteration(found, share, scale))
+            iterations.append(iteration(found, target, scale))
             if not last:
                 break
+            if job.upper(found.measured) > HIGHEST:
+                slow = min(slow, aim)
+            elif job.share(found.measured) < LOWEST:
+                fast = max(fast, aim)
             # the first within [LOWEST, CLOSE) has to wait for the turn after it; of both the one that loses least is delivered
             decided = (
                 job.share(found.measured) >= CLOSE or nothing_gained(job, found) or memory_decides(job, state, scores, found)
