@@ -532,6 +532,14 @@ def test_nothing_is_solved_on_the_images_that_judge_a_repair() -> None:
         assert done.after == pytest.approx(distortion(after, dense), rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [4, 5, 9])
+def test_few_images_are_told_a_finite_distortion(count) -> None:
+    program = traced(patterns.Chain)
+    plan = {g.name: tuple(range(max(1, g.width // 2))) for g in program.prunable}
+    done = repair(Engine.of(program), apply(program, plan), plan, images(count), quiet)
+    assert 0.0 < done.before < 1e3 and 0.0 < done.after < 1e3
+
+
 def test_a_repair_that_does_not_help_is_not_kept() -> None:
     program = traced(patterns.Chain)
     x = images(32)

@@ -216,7 +216,7 @@ def refit(
     if c.bias:
         output = output + params[c.bias]
     residual = torch.where(usable, target - output, 0.0)
-    fit = int(len(x) // images * round(images * (1 - HELD_BACK)))
+    fit = len(x) // images * max(1, min(round(images * (1 - HELD_BACK)), images - 1))
     shift = can_shift(c)
 
     def centred(part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -265,11 +265,11 @@ def repair(
     Args:
         dense: the original network. Its node names are the pruned program's.
         alive: per group the surviving original channels; groups that are missing are whole.
-        images: at least two calibration inputs [M, ...]; the last eighth is held back for judging.
+        images: at least two calibration inputs [M, ...], better some hundred; the last eighth is held back for judging.
         orders: by operator, where its output channels have come from among the surviving ones; those missing are in order.
     """
     program = pruned
-    judges = max(1, round(len(images) * JUDGED))
+    judges = min(max(2, round(len(images) * JUDGED)), len(images) // 2)  # one alone has no spread
     images, held = images[:-judges], images[-judges:]
     matters = position_importance(dense, images)
     # an operator that lost some of its positions, as one that mixes tokens does when channels are its positions, is left alone
