@@ -510,9 +510,8 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
             elif job.share(found.measured) < LOWEST:
                 fast = max(fast, aim)
             # the first within [LOWEST, CLOSE) has to wait for the turn after it; of both the one that loses least is delivered
-            decided = (
-                job.share(found.measured) >= CLOSE or nothing_gained(job, found) or memory_decides(job, state, scores, found)
-            )
+            slowest = nothing_gained(job, found) or memory_decides(job, state, scores, found)
+            decided = job.share(found.measured) >= CLOSE or slowest
             if job.upper(found.measured) <= HIGHEST and (decided or job.share(found.measured) >= LOWEST):
                 good.append(turn)
             if good and (decided or good[0] < turn):
@@ -522,7 +521,7 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
                 tried[best] = again = confirm(job, tried[best])
                 if not met(job, again):
                     good.remove(best)
-                elif job.final_share(confirmation(again)) >= LOWEST or nothing_gained(job, again):
+                elif job.final_share(confirmation(again)) >= LOWEST or slowest:
                     break
                 # the confirmation knows better: from here on, and with this table from now on, it is what this plan measures
                 scale *= confirmation(again).ratio / again.measured.ratio
