@@ -16,11 +16,11 @@ from toolkit.graph import Program, apply, example_input, trace
 from toolkit.prune import effects as causes
 from toolkit.prune.consumers import Consumer, by_image, consumer, product, rows, scored
 from toolkit.prune.engine import Cached, Engine, cache, chunked, distortion, joined
-from toolkit.prune.order import RIDGE, STIFFER, Linear, damped, eliminate, stiffness
+from toolkit.prune.order import RIDGE, STIFFER, Linear, damped, eliminate, ridge_for, stiffness
 from toolkit.prune.positions import FLOOR, chosen, inclusions, position_importance
 from toolkit.prune.pruner import State, candidate_widths, cut, held_groups, kept_channels, score
 from toolkit.prune.repair import RIDGES, Goal, downhill, outputs, refit, repair, ridge_solver
-from toolkit.prune.responses import gram, group_responses, masked, sums
+from toolkit.prune.responses import SCARCE, gram, group_responses, linears, masked, sums
 
 SHAPE = (1, 3, 8, 8)
 
@@ -329,6 +329,27 @@ def test_parts_of_the_images_have_the_moments_of_the_whole(pieces) -> None:
         assert joined.gram(c).rows == whole.rows
         assert torch.allclose(joined.gram(c).matrix, whole.matrix, atol=1e-5)
         assert torch.allclose(joined.around(joined.gram(c).mean), whole.matrix, atol=1e-5)
+
+
+def test_a_group_of_scarce_rows_is_solved_with_the_ridge_that_other_images_choose() -> None:
+    program = traced(patterns.Flatten)
+    engine, x = Engine.of(program), images(24)
+    sensitivity = causes.sensitivities(program, engine, x)
+    group = next(
+        g for g in program.prunable if any(program.nodes[n].target is torch.ops.aten.linear.default for n in g.consumers)
+    )
+
+    def factor(pieces: int, width: int) -> float:
+        parts = x.chunk(pieces)
+        cached = Cached(engine, x, parts, (0,), tuple({0: part} for part in parts), torch.empty(0))
+        found = linears(cached, sensitivity, group.name, width)
+        assert found is not None
+        (c, moments, item), *_ = found
+        assert moments.rows < SCARCE * c.columns
+        return item.ridge / ridge_for(c.columns, moments.rows)
+
+    assert factor(4, group.width // 2) > 1.5
+    assert factor(1, group.width // 2) == factor(4, 0) == pytest.approx(1.0)
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------------
