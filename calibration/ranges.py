@@ -44,8 +44,9 @@ class RangeObserver:
             raise DataProblem("An activation is NaN or infinite.", "Check the weights, and --mean and --std, of this model.")
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._widen(int(np.frexp(max(abs(low), abs(high)))[1]))
-        bins = np.floor(values / self._bin_width()).astype(np.int64) + BINS // 2
-        self._counts += np.bincount(bins, minlength=BINS)
+        bins = np.floor(values / self._bin_width()).astype(np.int64)
+        np.minimum(bins, -1, out=bins, where=values < 0)  # a quotient that underflows to -0 would be among the positive ones
+        self._counts += np.bincount(bins + BINS // 2, minlength=BINS)
 
     def range(self, method: RangeMethod = "minmax", percent: float = 99.99, symmetric: bool = False) -> tuple[float, float]:
         """(low, high) to quantize the values in.
