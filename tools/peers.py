@@ -206,13 +206,12 @@ def torch_pruning_variants(case: Case, round_to: int) -> Iterator[tuple[str, Bui
     example = case.dense.example[:1]
     layers = {name: m for name, m in eager.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
     outputs = [name for name, m in layers.items() if isinstance(m, torch.nn.Linear) and m.out_features == case.traced.classes]
-    streams = [
-        place.parameter.removesuffix(".weight")
-        for g in case.dense.groups
-        if g.kind == "residual"
-        for place in g.places
-        if place.axis == 0 and place.parameter.removesuffix(".weight") in layers
-    ]
+
+    def written(*kinds: schema.GroupKind) -> list[str]:
+        """Layers whose outputs are groups of these kinds."""
+        places = [place for g in case.dense.groups if g.kind in kinds for place in g.places if place.axis == 0]
+        names = dict.fromkeys(place.parameter.removesuffix(".weight") for place in places)
+        return [name for name in names if name in layers]
 
     def build(ratio: float, criterion: str, ignored: list[str], ranked: bool) -> Network:
         model = copy.deepcopy(eager).eval()
@@ -239,14 +238,15 @@ def torch_pruning_variants(case: Case, round_to: int) -> Iterator[tuple[str, Bui
         program = trace(model, example)
         return Torch(case, program, kept_channels(case.dense, gone, program))
 
-    scopes = {"all groups": outputs, "inner groups": outputs + streams}
+    inner = outputs + written("residual")
+    scopes = {"all groups": outputs, "inner groups": inner}
+    if attention := written("heads", "head_dim"):  # a model that holds its number of heads itself cannot lose any here
+        scopes["neurons"] = inner + attention
     for criterion in criteria:
         for scope, ignored in scopes.items():
-            name = f"{criterion}, one ratio, {scope}{multiples(round_to)}"
-            yield name, lambda r, c=criterion, i=ignored: build(r, c, i, False)
-        if criterion in RANKED:
-            name = f"{criterion}, one ranking, all groups{multiples(round_to)}"
-            yield name, lambda r, c=criterion: build(r, c, outputs, True)
+            for ranked in (False, True) if criterion in RANKED else (False,):
+                name = f"{criterion}, one {'ranking' if ranked else 'ratio'}, {scope}{multiples(round_to)}"
+                yield name, lambda r, c=criterion, i=ignored, k=ranked: build(r, c, i, k)
 
 
 def gradients(model: torch.nn.Module, images: torch.Tensor) -> None:
