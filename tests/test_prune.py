@@ -142,7 +142,7 @@ def test_what_promises_most_is_removed_for_real_first() -> None:
     program = traced(patterns.Residual)
     engine, x = Engine.of(program), images(30)
     cached, sensitivity = cache(engine, x), causes.sensitivities(program, engine, x)
-    some = causes.measure_effects(cached, sensitivity, quiet, passes=3.0)
+    some = causes.measure_effects(cached, sensitivity, quiet, passes=1.0)
     for name in {e.group for e in some}:
         promise = {
             source: [
@@ -156,20 +156,62 @@ def test_what_promises_most_is_removed_for_real_first() -> None:
     assert {e.source for e in some} == {"intervention", "gradient"}
 
 
-def test_the_difference_estimator_is_the_full_mean_where_the_approximation_is_exact_and_unbiased_elsewhere() -> None:
+def test_the_regression_estimator_is_the_full_mean_where_it_is_linear_in_what_is_known_and_right_elsewhere() -> None:
     rng = np.random.default_rng(0)
-    rough = rng.normal(0.3, 1.0, (400, 64))
-    assert causes.difference_test(rough[0][:8] + 0.5, rough[0]).mean == pytest.approx(rough[0].mean() + 0.5)
-    exact = rough + rng.normal(0.0, 0.2, rough.shape)
-    found = [causes.difference_test(known[:16], screened) for known, screened in zip(exact, rough, strict=True)]
-    assert np.mean([test.mean for test in found]) == pytest.approx(exact.mean(), abs=0.01)
-    held = np.mean([test.low <= 0.3 <= test.high for test in found])
-    assert 0.92 <= held <= 0.98
-    half = 0.5 * rough + rng.normal(0.0, 0.02, rough.shape)  # where approximation and difference go together
-    found_half = [causes.difference_test(known[:16], screened) for known, screened in zip(half, rough, strict=True)]
-    assert 0.92 <= np.mean([test.low <= 0.15 <= test.high for test in found_half]) <= 0.98
-    alone = [causes.paired_test(known[:16]) for known in exact]
-    assert all(test.high - test.low < other.high - other.low for test, other in zip(found, alone, strict=True))
+    rough, other = rng.normal(0.3, 1.0, (2, 400, 64))
+    known = np.stack([rough, other], axis=2)  # [400, images, approximations]
+    linear = 2.0 * rough - 3.0 * other + 0.5
+    exact = causes.regression_test(linear[0, :8], known[0])
+    assert exact.mean == pytest.approx(linear[0].mean())
+    full = causes.paired_test(linear[0])
+    assert (exact.high - exact.low) / causes.student.ppf(0.975, 5) == pytest.approx(
+        (full.high - full.low) / causes.student.ppf(0.975, 63)  # nothing is left but the spread of the images themselves
+    )
+    noisy = 0.5 * rough + rng.normal(0.0, 0.2, rough.shape)
+    found = [causes.regression_test(y[:16], a) for y, a in zip(noisy, known, strict=True)]
+    assert np.mean([test.mean for test in found]) == pytest.approx(noisy.mean(), abs=0.01)
+    assert 0.92 <= np.mean([test.low <= 0.15 <= test.high for test in found]) <= 0.98
+    alone = [causes.paired_test(y[:16]) for y in noisy]
+    assert np.mean([test.high - test.low for test in found]) < 0.8 * np.mean([test.high - test.low for test in alone])
+    design = np.column_stack([np.ones(16), known[0, :16]])  # as statistics books have the error of a line at a point
+    point = np.concatenate([[1.0], known[0].mean(0)])
+    fitted, (rest,), *_ = np.linalg.lstsq(design, noisy[0, :16], rcond=None)
+    error = rest / 13 * point @ np.linalg.inv(design.T @ design) @ point + (known[0] @ fitted[1:]).var(ddof=1) / 64
+    assert found[0].mean == pytest.approx(point @ fitted)
+    assert found[0].high - found[0].low == pytest.approx(2 * causes.student.ppf(0.975, 13) * error**0.5)
+
+
+def test_an_effect_on_some_images_is_told_by_the_surest_estimate() -> None:
+    program = traced(patterns.Residual)
+    engine, x = Engine.of(program), images(64)
+    work = causes._Interventions(cache(engine, x), causes.sensitivities(program, engine, x), 1e9, quiet)
+    keys = [(g.name, n) for g in program.prunable for n in range(g.width)]
+    widths = []
+    for key in keys:
+        work.extend(key, 16)
+        known, first_order = work.odds[key], work.screened(key)
+        ways = [
+            causes.paired_test(known),
+            causes.regression_test(known, first_order[:, None]),
+            causes.regression_test(known, np.column_stack([first_order, work.certainty])),
+        ]
+        widths.append([test.high - test.low for test in ways])
+        told = work.estimate(key)
+        assert told.high - told.low == pytest.approx(min(widths[-1]))
+    assert len(set(np.argmin(widths, axis=1))) == 3  # each is the surest of some
+
+
+def test_channels_come_on_fewer_images_first_where_more_would_take_the_whole_budget() -> None:
+    program = traced(patterns.Residual)
+    engine, x = Engine.of(program), images(64)
+    cached, sensitivity = cache(engine, x), causes.sensitivities(program, engine, x)
+    whole = sum(
+        (1 - cached.restart(causes.first_consumer(program, engine, g.name)) / len(engine.steps)) * g.width
+        for g in program.prunable
+    )
+    for share, measured in ((causes.FIRST_IMAGES / 64 - 0.01, True), (causes.FEWEST / 64 - 0.01, False)):
+        found = causes.measure_effects(cached, sensitivity, quiet, passes=share * whole)
+        assert ({e.source for e in found} == {"intervention"}) is measured
 
 
 @pytest.mark.slow

@@ -41,10 +41,11 @@ from toolkit.schema import Category, CategoryCounts, Effect
 EPSILON = 1e-3
 NEUTRAL = 0.1  # the odds of the predicted class change by less than a tenth
 FIRST_IMAGES = 16  # that channels are removed on before any is on more
+FEWEST = 8  # images that a channel's effect is extrapolated from, and that come first where 16 would take the whole budget
 SIGNIFICANT, NORMAL = 2.3, 1.96  # standard errors: about where the false discovery rate draws the line; of a 95 % interval
 FAR = 1e3  # log-odds: beyond all effects
 DISCOVERY_RATE = 0.05
-EFFECT_MACS = 5e11  # multiply-accumulates that interventions may always cost
+EFFECT_MACS = 1e12  # multiply-accumulates that interventions may always cost
 TIERS: dict[Category, int] = {"detrimental": 0, "neutral": 1, "undecided": 2, "critical": 3}  # which go first
 
 Progress = Callable[[str, float, float], None]
@@ -211,8 +212,11 @@ def measure_effects(cached: Cached, sensitivity: Sensitivity, progress: Progress
     program = cached.engine.program
     keys = [(g.name, n) for g in scored(program) for n in range(g.width)]
     work = _Interventions(cached, sensitivity, passes, progress)
+    images = len(cached.images)
+    whole = sum(work.share[name] for name, _ in keys) * FIRST_IMAGES / images
+    first = min(FIRST_IMAGES if whole < passes else FEWEST, images)
     for key in sorted(keys, key=lambda k: -paired_test(work.screened(k)).high):
-        work.extend(key, min(FIRST_IMAGES, len(cached.images)))
+        work.extend(key, first)
     work.settle()
     progress("causal effects", passes, passes)
     tests = {key: work.estimate(key) for key in keys}
@@ -243,6 +247,7 @@ class _Interventions:
         self.spent = 0.0
         self.odds: dict[Key, Array] = {}  # effects on the first images
         self.relative: dict[Key, Array] = {}
+        self.certainty = log_odds(cached.outputs, cached.outputs.argmax(1)).double().numpy()
         engine, total = cached.engine, len(cached.engine.steps)
         self.first = {g.name: first_consumer(engine.program, engine, g.name) for g in scored(engine.program)}
         self.share = {name: 1.0 - cached.restart(node) / total for name, node in self.first.items()}
@@ -288,30 +293,34 @@ class _Interventions:
                 heappush(queue, (-worth(key), key))
 
     def estimate(self, key: Key) -> Test:
-        """The effect by what is known: where the channel was removed on some images, what first order says of all of them plus
-        the mean difference on those, if that is surer than those alone.
+        """The effect by what is known: where the channel was removed on some images, the surest of those alone and of what first
+        order, or first order and how sure the intact network is, tell of the others.
         """
         screened, odds = self.screened(key), self.odds.get(key)
         if odds is None:
             return paired_test(screened)
-        plain = paired_test(odds)
-        if len(odds) == len(screened) or len(odds) < 2:
-            return plain
-        corrected = difference_test(odds, screened)
-        return corrected if corrected.high - corrected.low < plain.high - plain.low else plain
+        tests = [paired_test(odds)]
+        if FEWEST <= len(odds) < len(screened):
+            tests += [regression_test(odds, a) for a in (screened[:, None], np.column_stack([screened, self.certainty]))]
+        return min(tests, key=lambda test: test.high - test.low)
 
 
-def difference_test(known: Array, screened: Array) -> Test:
-    """Mean of a quantity known on the first k of n images, through an approximation known on all (the difference estimator):
+def regression_test(known: Array, approximations: Array) -> Test:
+    """Mean of a quantity y known on the first k of n images, through approximations A [n, q] known on all (the regression
+    estimator of survey sampling, with b the least-squares fit of y on A over the k, both less their means there):
 
-    mean_n(a) + mean_k(y - a),   variance  s^2(d) / k + s^2(a) / n + 2 cov(a, d) / n   with d = y - a
+    mean_n(A b) + mean_k(y - A b),   variance  s^2(y - A b) (1 + h) / k + s^2(A b) / n
+
+    with h the leverage of the means of all images, and s^2(y - A b) taken over k - 1 - q degrees of freedom.
     """
-    k, n = len(known), len(screened)
-    difference = known - screened[:k]
-    mean = float(screened.mean() + difference.mean())
-    between = float(np.cov(screened[:k], difference)[0, 1])
-    variance = float(difference.var(ddof=1)) / k + float(screened.var(ddof=1)) / n + 2 * between / n
-    return interval(mean, max(variance, 0.0) ** 0.5, k - 1)
+    k, (n, q) = len(known), approximations.shape
+    center = approximations[:k].mean(0)
+    seen, shift = approximations[:k] - center, approximations.mean(0) - center
+    inverse = np.linalg.pinv(seen.T @ seen / k)
+    fitted = inverse @ (seen.T @ (known - known.mean()) / k)
+    rest = float(np.square(known - known.mean() - seen @ fitted).sum()) / (k - 1 - q)
+    variance = rest * (1 + float(shift @ inverse @ shift)) / k + float((approximations @ fitted).var(ddof=1)) / n
+    return interval(float(known.mean() + shift @ fitted), variance**0.5, k - 1 - q)
 
 
 def risk(test: Test, spread: float, images: int) -> float:

@@ -209,7 +209,7 @@ def cache(engine: Engine, images: torch.Tensor, memory_bytes: float = 1e9) -> Ca
 def distortion(outputs: torch.Tensor, reference: torch.Tensor) -> float:
     """E|f_w - f|^2 / E|f - E f|^2 over images, from outputs [M, K] each."""
     spread = (reference - reference.mean(0)).square().sum(1).mean().clamp_min(1e-30)
-    return float((outputs - reference).square().sum(1).mean() / spread)
+    return float(((outputs - reference).square().sum(1).mean() / spread).detach())
 
 
 def top1(outputs: torch.Tensor) -> torch.Tensor:
