@@ -337,26 +337,28 @@ def without_branch(fit: Cached, branch: Branch, matters: Importance) -> Values:
                 break
     start, images = fit.restart(branch.end), len(fit.images)
     places = {c.node: join.node if join else c.node for c, join in found}
+    sampled = {c.node: chosen(matters[c.node], limit_rows(c, images), c.node) for c, _ in found}
+    targets: dict[str, list[torch.Tensor]] = {c.node: [] for c, _ in found}
     changed: Values = {}
     with torch.no_grad():
         last = max((engine.position[place] for place in places.values()), default=0)
-        intact = (
-            [engine.run(values[start], start, stop=last, keep=set(places.values()))[1] for values in fit.values] if found else []
-        )
+        for values in fit.values if found else ():
+            intact = engine.run(values[start], start, stop=last, keep=set(places.values()))[1]
+            for c, _ in found:
+                targets[c.node].append(target_rows(c, intact[places[c.node]], sampled[c.node].at))
         for c, join in found:
-            node, rest = program.nodes[c.node], join.rest if join else ""
+            node, rest, positions = program.nodes[c.node], join.rest if join else "", sampled[c.node]
             silenced = engine.with_params(changed)
             stop = max(engine.position[name] for name in (c.source, rest) if name)
-            cut = [
-                silenced.run(values[start], start, stop=stop, silence=(branch.end,), keep={c.source, rest})[1]
-                for values in fit.values
-            ]
-            positions = chosen(matters[c.node], limit_rows(c, images), c.node)
-            x = torch.cat([rows(c, node, kept[c.source], positions.at) for kept in cut])
-            target = torch.cat([target_rows(c, kept[places[c.node]], positions.at) for kept in intact])
-            other = torch.cat([target_rows(c, kept[rest], positions.at) for kept in cut]) if rest else None
+            inputs, others = [], []
+            for values in fit.values:  # whole maps of one piece at a time
+                cut = silenced.run(values[start], start, stop=stop, silence=(branch.end,), keep={c.source, rest})[1]
+                inputs.append(rows(c, node, cut[c.source], positions.at))
+                if rest:
+                    others.append(target_rows(c, cut[rest], positions.at))
             params = {**engine.params, **changed}
-            changed |= refit(c, params, x, goal(program, c, params, target, other, positions), images)[0]
+            aim = goal(program, c, params, torch.cat(targets.pop(c.node)), torch.cat(others) if rest else None, positions)
+            changed |= refit(c, params, torch.cat(inputs), aim, images)[0]
     return changed
 
 
