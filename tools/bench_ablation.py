@@ -35,7 +35,7 @@ from toolkit import schema  # noqa: E402
 from toolkit.errors import EdgekitError  # noqa: E402
 from toolkit.graph import Program  # noqa: E402
 from toolkit.latency import LatencyModel  # noqa: E402
-from toolkit.prune import pruner, responses  # noqa: E402
+from toolkit.prune import pruner, repair, responses  # noqa: E402
 from toolkit.prune.allocate import allocate  # noqa: E402
 from toolkit.prune.engine import Engine, distortion  # noqa: E402
 from toolkit.prune.repair import outputs  # noqa: E402
@@ -77,6 +77,16 @@ def only_order(name: str) -> Callable[..., dict[str, Sequence[int] | None]]:
     return lambda *given: {key: order for key, order in original(*given).items() if key == name}
 
 
+def unsolved(*given: Any, **named: Any) -> responses.GroupResponses:
+    return responses.group_responses(*given, **{**named, "repair": False})
+
+
+def by_count(group: responses.GroupResponses) -> dict[int, float]:
+    """Instead of what was measured, the squared share of the group's channels that go."""
+    width = max(response.width for response in group.responses)
+    return {response.width: (1 - response.width / width) ** 2 for response in group.responses}
+
+
 VARIANTS = {
     "causal": Variant("as it is"),
     "order-causal": Variant("channels go by causal effect", instead={"removal_orders": only_order("causal effect")}),
@@ -84,6 +94,11 @@ VARIANTS = {
     "drops-as-they-are": Variant(
         "a dropped branch is judged without what the next one can make up for", instead={"drop": lambda *_: {}}
     ),
+    "responses-as-they-are": Variant(
+        "a width is judged without solving its consumers again", instead={"group_responses": unsolved}
+    ),
+    "no-responses": Variant("a width loses the squared share of channels that go", instead={"measured_losses": by_count}),
+    "no-feedback": Variant("repair does not make up for what a residual stream lacks", instead={"join_of": lambda *_: None}),
     "one-round": Variant("one round", rounds=1),
     "five-rounds": Variant("five rounds", rounds=5),
     "no-repair": Variant("weights stay", repair=False),
@@ -97,7 +112,13 @@ VARIANTS = {
 @contextmanager
 def replaced(variant: Variant) -> Iterator[None]:
     """The variant's functions in place."""
-    places = {"removal_orders": (pruner, "removal_orders"), "drop": (responses, "without_branch")}
+    places = {
+        "removal_orders": (pruner, "removal_orders"),
+        "group_responses": (pruner, "group_responses"),
+        "measured_losses": (pruner, "measured_losses"),
+        "drop": (responses, "without_branch"),
+        "join_of": (repair, "join_of"),
+    }
     patches = [mock.patch.object(*places[name], function) for name, function in variant.instead.items()]
     for patch in patches:
         patch.start()
