@@ -15,6 +15,7 @@ import samples
 from toolkit.budget import parse_budget
 from toolkit.prune.allocate import Allocation
 from toolkit.prune.pruner import Cut, Scores
+from toolkit.prune.repair import Repaired
 from toolkit.run import demo_request, loop
 from toolkit.schema import Comparison
 
@@ -117,3 +118,45 @@ def test_between_too_fast_and_too_slow_the_loop_aims_between(monkeypatch) -> Non
     assert [step.ratio / BUDGET for step in found.iterations] == pytest.approx([0.926, 1.013, 0.926, 0.98])
     assert [step.target_ns for step in found.iterations] == pytest.approx([step.predicted_ns for step in found.iterations])
     assert found.attempt.measured.ratio == pytest.approx(0.98 * BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("asked", "losses", "source", "rounds"),
+    [
+        ({}, (0.1, 0.2, 0.3), 0, 1),  # the dense network: what the rounds took was no good
+        ({}, (0.2, 0.1, 0.3), 1, 2),
+        ({}, (0.3, 0.2, 0.1), 2, 3),
+        ({"method": "cswap"}, (0.1, 0.2, 0.3, 0.4, 0.5), 4, 5),  # whose rounds are the method
+        ({"repair": False}, (0.1, 0.2, 0.3), 2, 3),  # nothing was measured of the whole
+        ({"rounds": 3}, (0.1, 0.2, 0.3), 2, 3),  # as told
+    ],
+)
+def test_the_last_cut_is_from_the_network_on_the_way_from_which_it_loses_least(
+    monkeypatch, asked: dict[str, Any], losses: Sequence[float], source: int, rounds: int
+) -> None:
+    """States are numbers: how many rounds led there."""
+    job = a_job()
+    job = replace(job, request=msgspec.structs.replace(job.request, **{"rounds": 0, **asked}))
+    last_turns: list[int] = []
+    program: Any = None
+
+    def sliced(job: loop.Job, state: Any, *args: Any) -> Cut:
+        loss = losses[state]
+        return Cut(state + 1, 0.0, Repaired(program, (), 2 * loss, loss, kept=True))
+
+    def tried_out(job: loop.Job, done: Cut, allocation: Allocation, scale: float, folder: Path) -> loop.Attempt:
+        last_turns.append(done.state - 1)
+        share = 0.955 if len(last_turns) <= len(losses) else 0.99  # the last round takes two turns
+        return loop.Attempt(done, allocation, (), folder, measured(share), BUDGET, done.state)
+
+    monkeypatch.setattr(loop, "State", lambda program: 0)
+    monkeypatch.setattr(loop, "score_round", lambda job, state, round_: Scores({}, (), {}, round_))
+    monkeypatch.setattr(loop, "solve", lambda *args: Allocation({"conv": len(last_turns)}, 1.0, 0.0, 0.0))
+    for name, instead in (("sliced", sliced), ("tried_out", tried_out)):
+        monkeypatch.setattr(loop, name, instead)
+    monkeypatch.setattr(loop, "confirm", lambda job, found: replace(found, confirmed=found.measured))
+    outcome = loop.close(job)
+    assert last_turns[-1] == last_turns[-2] == source  # the turn after the first as well
+    assert outcome.rounds == rounds
+    assert [scores.images for scores in outcome.scores] == list(range(rounds))
+    assert outcome.ladder[-1].rounds == rounds

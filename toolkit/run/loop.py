@@ -193,6 +193,22 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A cut from a network on the way."""
+
+    start: Rung
+    scores: Scores
+    allocation: Allocation
+    cut: Cut
+
+    @property
+    def distortion(self) -> float:
+        """On held-back images, as delivered; nothing where no repair measured it."""
+        repaired = self.cut.repaired
+        return (repaired.after if repaired.kept else repaired.before) if repaired else 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
     attempt: Attempt
     scores: tuple[Scores, ...]  # one a round, the first of the dense network
@@ -404,11 +420,15 @@ def narrowest(job: Job, state: State, scores: Scores, folder: Path) -> Attempt:
 
 def attempt(job: Job, state: State, scores: Scores, allocation: Allocation, scale: float, folder: Path) -> Attempt:
     """Cut to an allocation, repair, export and measure; `scale` is the table's correction."""
-    done = cut(
+    return tried_out(job, sliced(job, state, scores, allocation), allocation, scale, folder)
+
+
+def sliced(job: Job, state: State, scores: Scores, allocation: Allocation) -> Cut:
+    """Cut to an allocation and repaired."""
+    return cut(
         job.program, state, kept_channels(state, scores, allocation.widths), job.images.calibration,
         repair_=job.request.repair, seed=job.request.seed, progress=job.progress,
     )  # fmt: skip
-    return tried_out(job, done, allocation, scale, folder)
 
 
 def tried_out(job: Job, done: Cut, allocation: Allocation, scale: float, folder: Path) -> Attempt:
@@ -473,8 +493,8 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
     `first`: the scores of the dense network, where they are known. `ladder`: networks of looser budgets to go on from.
     """
     whole = job.unpruned is not None and job.upper(job.unpruned) <= HIGHEST  # nothing need go
-    start = Rung(State(job.program), job.base, scores=first)
-    start = start if whole else rung_for(job, [start, *ladder])
+    dense = Rung(State(job.program), job.base, scores=first)
+    start = dense if whole else rung_for(job, [dense, *ladder])
     rounds = 1 if whole else max(1, rounds_asked(job) - start.rounds)
     state, scale, proof = start.state, 1.0, start.proof
     history: list[Scores] = list(start.history)
@@ -490,6 +510,10 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
         part = (r + 1) / rounds
         share = 1.001 * job.base if whole else reached * (AIM * job.budget / reached) ** part
         part = 1.0 if start.rounds else part  # of the way to the memory limit: looser budgets have kept to it
+        step: Step | None = None
+        if last and not job.request.rounds:
+            step = best_step(job, [*([dense] if dense.scores and start.rounds else []), *rungs], share / scale, part)
+            state, scores, history = step.start.state, step.scores, [*step.start.history, step.scores]
         tried: list[Attempt] = []
         good: list[int] = []  # turns whose networks could be delivered
         fast, slow = 0.0, math.inf  # aims whose networks were too fast, and too slow
@@ -497,9 +521,12 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
             aim = share / scale
             if 0.0 < fast < slow < math.inf and not fast * (1 + STEP) < aim < slow * (1 - STEP):
                 aim = (fast + slow) / 2  # the correction would lead back to one of them
-            allocation = solve(job, state, scores, aim, part, REFINEMENTS if last else 1)
-            target = aim * scale
-            found = attempt(job, state, scores, allocation, scale, job.folder / f".attempt{r}.{turn}")
+            target, folder = aim * scale, job.folder / f".attempt{r}.{turn}"
+            if turn == 0 and step:
+                found = tried_out(job, step.cut, step.allocation, scale, folder)
+            else:
+                allocation = solve(job, state, scores, aim, part, REFINEMENTS if last else 1)
+                found = attempt(job, state, scores, allocation, scale, folder)
             tried.append(found)
             scale *= found.measured.ratio / found.predicted
             iterations.append(iteration(found, target, scale))
@@ -535,9 +562,25 @@ def close(job: Job, first: Scores | None = None, ladder: Sequence[Rung] = ()) ->
             iterations.append(iteration(tried[-1], share, scale))
         proof = max(proof, *(a.cut.proof for a in tried))
         state = found.plain
-    chosen, done = deliver(job, tried), start.rounds + rounds
+    chosen, done = deliver(job, tried), step.start.rounds + 1 if step else start.rounds + rounds
     rungs.append(Rung(chosen.plain, confirmation(chosen).ratio, done, tuple(history), None, proof))
     return Outcome(chosen, tuple(history), tuple(iterations), done, proof, tuple(rungs))
+
+
+def best_step(job: Job, ways: Sequence[Rung], share: float, part: float) -> Step:
+    """The last cut, to a share of the dense latency as the table has it: of those from each network on the way, scored, the one
+    whose repaired outputs are nearest to the dense network's on held-back images.
+
+    Rounds are greedy: what was cheapest for a looser budget need not be part of the best plan for this one. Without a repair
+    nothing was measured of the whole, and in C-SWAP rounds are the method: the cut from the last network then.
+    """
+    ways = ways if job.request.repair and job.request.method != "cswap" else ways[-1:]
+    steps = []
+    for way in ways:
+        assert way.scores is not None
+        allocation = solve(job, way.state, way.scores, share, part)
+        steps.append(Step(way, way.scores, allocation, sliced(job, way.state, way.scores, allocation)))
+    return min(steps, key=lambda step: step.distortion)
 
 
 def without_budget(job: Job) -> Outcome:
