@@ -100,7 +100,8 @@ VARIANTS = {
     "no-responses": Variant("a width loses the squared share of channels that go", instead={"measured_losses": by_count}),
     "no-feedback": Variant("repair does not make up for what a residual stream lacks", instead={"join_of": lambda *_: None}),
     "one-round": Variant("one round", rounds=1),
-    "five-rounds": Variant("five rounds", rounds=5),
+    "three-rounds": Variant("three rounds, the last cut from what the second left", rounds=3),
+    "five-rounds": Variant("five rounds, likewise", rounds=5),
     "no-repair": Variant("weights stay", repair=False),
     "cswap": Variant("C-SWAP: summed single effects instead of responses, five rounds", method="cswap"),
     "l1": Variant("channels go by L1 norm", method="l1"),
@@ -166,9 +167,11 @@ def open_case(folder: Path, samples: int, seed: int) -> Case:
 
 def pruned(case: Case, variant: Variant, share: float, seed: int) -> tuple[Program, float]:
     """The network at this share of the predicted dense latency, and what was predicted of it."""
-    state, widths = pruner.State(case.program), {g.name: g.width for g in case.program.groups}
+    state = pruner.State(case.program)
     rounds = variant.rounds or rounds_for(share, variant.method)
-    whole = case.model.predict(widths)
+    whole = case.model.predict(state.widths(case.program))
+    free = variant.repair and not variant.rounds and variant.method != "cswap"  # where a run may leave rounds out
+    ways = []
     for r in range(rounds):
         now = state.widths(case.program)
         options = {name: tuple(w for w in ws if w <= now[name]) or (now[name],) for name, ws in case.candidates.items()}
@@ -177,13 +180,21 @@ def pruned(case: Case, variant: Variant, share: float, seed: int) -> tuple[Progr
             case.program, state, case.images.calibration, options, variant.method,
             repair=variant.repair, round_=r, seed=seed, effect_passes=passes, progress=quiet,
         )  # fmt: skip
+        ways = [*ways, (state, scores, options)] if free else [(state, scores, options)]
         budget = AIM * share ** ((r + 1) / rounds) * whole
-        widths = allocate(case.program.groups, options, scores.losses, case.model.costs(), case.model.overhead_ns, budget).widths
-        kept = pruner.kept_channels(state, scores, widths)
-        state = pruner.cut(
-            case.program, state, kept, case.images.calibration, repair_=variant.repair, seed=seed, progress=quiet
-        ).state
-    return state.program, case.share(widths)
+        found = [cut(case, variant, *way, budget, seed) for way in (ways if r == rounds - 1 else ways[-1:])]
+        state = min(found, key=lambda done: done.repaired.after if done.repaired else 0.0).state
+    return state.program, case.share(state.widths(case.program))
+
+
+def cut(
+    case: Case, variant: Variant, state: pruner.State, scores: pruner.Scores, options: Mapping[str, Sequence[int]],
+    budget: float, seed: int,
+) -> pruner.Cut:  # fmt: skip
+    """Cut to what a budget in the table's nanoseconds allows."""
+    widths = allocate(case.program.groups, options, scores.losses, case.model.costs(), case.model.overhead_ns, budget).widths
+    kept = pruner.kept_channels(state, scores, widths)
+    return pruner.cut(case.program, state, kept, case.images.calibration, repair_=variant.repair, seed=seed, progress=quiet)
 
 
 def main() -> None:
