@@ -183,7 +183,7 @@ def pruned(case: Case, variant: Variant, share: float, seed: int) -> tuple[Progr
         ways = [*ways, (state, scores, options)] if free else [(state, scores, options)]
         budget = AIM * share ** ((r + 1) / rounds) * whole
         found = [cut(case, variant, *way, budget, seed) for way in (ways if r == rounds - 1 else ways[-1:])]
-        state = min(found, key=lambda done: done.repaired.after if done.repaired else 0.0).state
+        state = min(found, key=lambda done: done.repaired.distortion if done.repaired else 0.0).state
     return state.program, case.share(state.widths(case.program))
 
 

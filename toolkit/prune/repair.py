@@ -59,6 +59,11 @@ class Repaired:
     after: float
     kept: bool
 
+    @property
+    def distortion(self) -> float:
+        """Of `program`."""
+        return self.after if self.kept else self.before
+
 
 @dataclass(frozen=True)
 class Join:

@@ -591,12 +591,16 @@ def kernel_times(job: loop.Job, allocation: Allocation) -> tuple[KernelTime, ...
     return tuple(found)
 
 
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def notes(traced: Traced, outcome: loop.Outcome, lowered: bool) -> tuple[str, ...]:
     effects = outcome.scores[0].effects
     intervened = sum(e.source == "intervention" for e in effects)
     scored = (
         f"Categories: {intervened} of {len(effects)} channels were really removed; the others were screened by their gradient.",
-        f"Scores used {outcome.scores[0].images} images and {outcome.rounds} rounds.",
+        f"Scores used {outcome.scores[0].images} images. The dense network was cut {times(outcome.rounds)} to get here.",
     )
     return (
         *traced.loaded.notes,

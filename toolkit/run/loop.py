@@ -204,8 +204,7 @@ class Step:
     @property
     def distortion(self) -> float:
         """On held-back images, as delivered; nothing where no repair measured it."""
-        repaired = self.cut.repaired
-        return (repaired.after if repaired.kept else repaired.before) if repaired else 0.0
+        return self.cut.repaired.distortion if self.cut.repaired else 0.0
 
 
 @dataclass(frozen=True)
