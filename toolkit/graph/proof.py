@@ -90,7 +90,8 @@ class Masked(Interpreter):
         elif n.target in (*REDUCTIONS, *PAIRED_REDUCTIONS):
             for axis in reduced_axes(n, values[0].ndim):
                 stay = self.stays(n.args[0], axis)
-                values[0] = values[0] if stay is None else values[0].index_select(axis, stay)
+                if stay is not None and len(stay):  # where none stays the branch is dropped, and what it gives becomes zeros
+                    values[0] = values[0].index_select(axis, stay)
         return self.plain(n, values, kwargs)
 
     def plain(self, n: Node, values: Sequence[Any], kwargs: dict[str, Any]) -> Any:
