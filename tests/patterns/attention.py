@@ -32,12 +32,11 @@ def together(x):
     return x.transpose(1, 2).flatten(2)
 
 
-CUBE = {"stem": 12, "qkv:heads": 3, "qkv:head_dim": 4}  # one tensor holds all three: they have one head size
-FUSED = CUBE | {"qkv:head_dim:1": 4}
+FUSED = {"stem": 12, "qkv:heads": 3, "qkv:head_dim": 4, "qkv:head_dim:1": 4}  # queries and keys have one head size, values theirs
 SEPARATE = {"stem": 12, "q:heads": 3, "q:head_dim": 4, "v:head_dim": 4}
 
 
-@pattern(CUBE, drops={"qkv:heads", "qkv:head_dim"})
+@pattern(FUSED, drops={"qkv:heads", "qkv:head_dim:1"})
 class FusedAttention(Block):
     """One linear for queries, keys and values: reshape, permute, unbind, fused attention."""
 
@@ -76,7 +75,10 @@ class SeparateAttention(Block):
         return torch.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, length, c)
 
 
-@pattern({"stem": 12, "many.in_proj:heads": 3, "many.in_proj:head_dim": 4}, drops={"many.in_proj:heads", "many.in_proj:head_dim"})
+MANY = {"stem": 12, "many.in_proj:heads": 3, "many.in_proj:head_dim": 4, "many.in_proj:head_dim:1": 4}
+
+
+@pattern(MANY, drops={"many.in_proj:heads", "many.in_proj:head_dim:1"})
 class MultiheadFirst(Net):
     """nn.MultiheadAttention with the batch first."""
 
@@ -90,7 +92,7 @@ class MultiheadFirst(Net):
         return self.head((x + self.many(x, x, x, need_weights=False)[0]).mean(1))
 
 
-@pattern({"stem": 12, "many.in_proj:heads": 3, "many.in_proj:head_dim": 4}, drops={"many.in_proj:heads", "many.in_proj:head_dim"})
+@pattern(MANY, drops={"many.in_proj:heads", "many.in_proj:head_dim:1"})
 class MultiheadSecond(Net):
     """nn.MultiheadAttention with the sequence first, and the weights asked for."""
 
@@ -102,10 +104,13 @@ class MultiheadSecond(Net):
         return self.head((x + self.many(x, x, x)[0]).mean(0))
 
 
-LAYER = {"stem": 12, "layer.self_attn.in_proj:heads": 3, "layer.self_attn.in_proj:head_dim": 4, "layer.linear1": 10}
+LAYER = {
+    "stem": 12, "layer.self_attn.in_proj:heads": 3, "layer.self_attn.in_proj:head_dim": 4,
+    "layer.self_attn.in_proj:head_dim:1": 4, "layer.linear1": 10,
+}  # fmt: skip
 
 
-@pattern(LAYER, drops=LAYER.keys() - {"stem"})
+@pattern(LAYER, drops=LAYER.keys() - {"stem", "layer.self_attn.in_proj:head_dim"})
 class EncoderLayer(Net):
     """nn.TransformerEncoderLayer, norms after the sums."""
 
@@ -135,7 +140,7 @@ class RelativePositions(Block):
         return together(((q * 0.5) @ k.mT + bias[None]).softmax(-1) @ v)
 
 
-@pattern(CUBE, drops={"qkv:heads", "qkv:head_dim"})
+@pattern(FUSED, drops={"qkv:heads", "qkv:head_dim:1"})
 class ShiftedWindows(Block):
     """Attention within windows of a map that is rolled before and rolled back after, with a mask between windows."""
 
@@ -303,7 +308,7 @@ class NonLocal(Net):
         return self.head((x + self.gamma * self.out(y)).mean((2, 3)))
 
 
-@pattern(LAYER, drops=LAYER.keys() - {"stem"})
+@pattern(LAYER, drops=LAYER.keys() - {"stem", "layer.self_attn.in_proj:head_dim"})
 class VisionTransformer(Net):
     """Patches by a linear, a class token, position embeddings, an encoder layer; the token's row goes to the head."""
 
@@ -336,7 +341,7 @@ class LearnedQueries(Net):
         return self.head(F.relu(self.c((weights @ self.v(x)).flatten(1))))
 
 
-@pattern({"stem": 12, "kv:heads": 3, "kv:head_dim": 4}, drops={"kv:heads", "kv:head_dim"})
+@pattern({"stem": 12, "kv:heads": 3, "kv:head_dim": 4, "kv:head_dim:1": 4}, drops={"kv:heads", "kv:head_dim:1"})
 class ReducedKeys(Net):
     """Keys and values come from a map made smaller by a strided depthwise convolution with norm."""
 

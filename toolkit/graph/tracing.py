@@ -19,8 +19,9 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
 from toolkit.errors import ModelError
+from toolkit.graph.fused import split_fused
 from toolkit.graph.rules import entrywise, indexing, mixing, reshaping
-from toolkit.graph.rules.core import PARTS_RULES, RULES, Shape, operators
+from toolkit.graph.rules.core import PARTS_RULES, RULES, Shape, concrete, operators
 from toolkit.graph.rules.reshaping import COPIES, PERMUTES, VIEWS, order_of
 
 ASSERTIONS = operators("_assert_tensor_metadata", "_assert_scalar", "_assert_async.msg", "sym_constrain_range_for_size")
@@ -77,6 +78,8 @@ def capture(model: torch.nn.Module, example: torch.Tensor) -> tuple[GraphModule,
                 "Branches on tensor values are the usual cause: run the same command with EDGEKIT_DEBUG=1 to see the line.",
             ) from error
     fold(module)
+    if split_fused(module):
+        tidy(module)
     return module, wide[:batch] if batch else wide, batch
 
 
@@ -215,11 +218,6 @@ def known_shapes(module: GraphModule, example: torch.Tensor) -> Shapes:
         elif value is None and node.op in ("call_function", "placeholder"):
             return measured_shapes(module, example)
     return Shapes(found, parts)
-
-
-def concrete(shape: Sequence[Any]) -> Shape:
-    """Sizes, those that depend on the batch at the example's."""
-    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in shape)
 
 
 def measured_shapes(module: GraphModule, example: torch.Tensor) -> Shapes:

@@ -170,3 +170,8 @@ def propagate(flow: Flow, node: Node) -> None:
         flow.dims[node] = flow.inert(node)
         if node in flow.part_shapes:
             flow.parts[node] = [[None] * len(shape) for shape in flow.part_shapes[node]]
+
+
+def concrete(shape: Sequence[Any]) -> Shape:
+    """Sizes, those that depend on the batch at the example's."""
+    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in shape)
