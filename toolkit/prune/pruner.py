@@ -15,11 +15,13 @@ import torch
 
 from toolkit.graph import Program, apply, prove
 from toolkit.graph.modular import Modular
+from toolkit.prune.attention import IMAGES as MOMENT_IMAGES
+from toolkit.prune.attention import attentions, directions, rotated
 from toolkit.prune.consumers import unscored
 from toolkit.prune.effects import TIERS, Sensitivity, affordable, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
-from toolkit.prune.repair import Repaired, outputs, repair
-from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order
+from toolkit.prune.repair import Repaired, outputs, repair, with_parameters
+from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order, size_responses
 from toolkit.schema import Effect
 
 RESPONSE_MACS = 2.5e12  # multiply-accumulates that one round of responses may cost; sets how many images it uses
@@ -143,8 +145,13 @@ def score(
     if method == "cswap":
         return summed(program, effects, asked, count)
     found = {}
+    sizes = {name: each for name, each in attentions(program).items() if name in names}
+    along = directions(engine, sizes.values(), fit.images)
     for i, name in enumerate(names):
         progress(f"responses, round {round_ + 1}", i, len(names))
+        if name in sizes:
+            found[name] = size_responses(cached, reference, sizes[name], along[name], asked[name], round_)
+            continue
         orders = removal_orders(program, engine, sensitivity, effects, name, method, repair, seed)
         found[name] = group_responses(
             cached, fit, reference, name, asked[name], orders, sensitivity, repair=repair, round_=round_
@@ -217,9 +224,13 @@ def cut(
     seed: int,
     progress: Progress,
 ) -> Cut:
-    """Slice the program to these channels (current indices, ascending), prove the slices, and repair."""
-    sliced = apply(state.program, kept)
-    proof = prove(state.program, sliced, kept, seed)
+    """Slice the program to these channels (current indices, ascending), prove the slices, and repair.
+
+    Of queries' and keys' sizes, channel i is the i-th direction.
+    """
+    whole = turned(state.program, kept, images)
+    sliced = apply(whole, kept)
+    proof = prove(whole, sliced, kept, seed)
     alive = dict(state.alive)
     for name, indices in kept.items():
         before = alive.get(name, tuple(range(dense.group(name).width)))
@@ -228,6 +239,18 @@ def cut(
         return Cut(State(sliced, alive), proof, None)
     done = repair(Engine.of(dense), sliced, alive, torch.from_numpy(images[: repair_images(dense, len(images))]), progress)
     return Cut(State(done.program, alive), proof, done)
+
+
+def turned(program: Program, kept: Mapping[str, Sequence[int]], images: np.ndarray[Any, Any]) -> Program:
+    """The program with the directions of queries and keys as their channels, where a plan makes their size smaller."""
+    sizes = {name: each for name, each in attentions(program).items() if name in kept}
+    if not sizes:
+        return program
+    engine = Engine.of(program)
+    params = dict(engine.params)
+    for name, along in directions(engine, sizes.values(), torch.from_numpy(images[:MOMENT_IMAGES])).items():
+        params |= rotated(params, sizes[name], along)
+    return with_parameters(program, params)
 
 
 def repair_images(program: Program, available: int) -> int:
@@ -259,8 +282,9 @@ def held_groups(program: Program) -> dict[str, str]:
                 for name, _ in form.terms
             }
     permuted = {program.form(e) for n, (_, axis, _) in program.shuffles.items() if (e := program.dims[n][axis]) is not None}
+    sizes = attentions(program)
     for group in program.prunable:
-        if reason := unscored(program, group):
+        if group.name not in sizes and (reason := unscored(program, group)):
             held.setdefault(group.name, reason)
         if any(group.name == name for form in permuted for name, _ in form.terms):
             held.setdefault(group.name, "its channels are reordered on the way; latency variants do not follow that yet")

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import msgspec
+import numpy as np
 import torch
 from torch.fx import Node
 
 from toolkit.graph import Branch, Program
 from toolkit.graph.program import attribute, operand
 from toolkit.graph.rules import aten
+from toolkit.prune.attention import turned_rows
 from toolkit.prune.consumers import Consumer, can_shift, consumer, grouped, matrix, product, rows, shifted, target_rows
 from toolkit.prune.engine import Cached, Engine, Values, chunked, distortion, joined
 from toolkit.prune.positions import Importance, Positions, chosen, position_importance
@@ -99,9 +101,10 @@ def join_of(program: Program, c: Consumer) -> Join | None:
 
 def surviving(dense: Program, node: str, axis: int, alive: Mapping[str, Sequence[int]]) -> torch.Tensor:
     """Positions of a dense dimension that the pruned program still has."""
-    stays = {name: set(indices) for name, indices in alive.items()}
-    owners = dense.channels(node, axis)
-    return torch.tensor([i for i, o in enumerate(owners) if o is None or o[0] not in stays or o[1] in stays[o[0]]])
+    entries = dense.dims[node][axis]
+    if entries is None:
+        return torch.arange(dense.shapes[node][axis])
+    return torch.from_numpy(np.flatnonzero(~dense.gone(alive)[entries]))
 
 
 def dense_targets(
@@ -185,14 +188,17 @@ def goal(
     target: torch.Tensor,
     other: torch.Tensor | None,
     positions: Positions,
+    known: torch.Tensor | None = None,
 ) -> Goal:
-    """The goal of an operator whose output should be `target`; with `other`, its norm's output plus `other` should be."""
-    usable = torch.ones(target.shape[1], dtype=torch.bool)
+    """The goal of an operator whose output should be `target`; with `other`, its norm's output plus `other` should be. Of `known`
+    [O] false, what an output should be is not told by the target.
+    """
+    usable = torch.ones(target.shape[1], dtype=torch.bool) if known is None else known
     if other is not None:
         target = target - other
         if c.norm:
             scale, offset = norm_parameters(program, c, params)
-            usable = scale.abs() > 1e-3 * scale.abs().max()
+            usable = usable & (scale.abs() > 1e-3 * scale.abs().max())
             target = ((target - offset) / torch.where(usable, scale, 1.0)).float()
     counts = positions.weight.repeat(len(target) // len(positions.at))
     weights = torch.ones(target.shape[1])
@@ -284,6 +290,7 @@ def repair(
     joins = {name: j for name, c in consumers.items() if (j := join_of(program, c))}
     sampled = {name: chosen(matters[name], limit_rows(c, len(images)), name) for name, c in consumers.items()}
     targets = dense_targets(dense, consumers, sampled, joins, images)
+    directions = turned_rows(dense.program, alive)  # of queries and keys; the dense network has none of them to aim at
     engine = Engine.of(program)
     params = dict(engine.params)
     chunks = chunked(program, images)
@@ -303,11 +310,13 @@ def repair(
                 if orders and node.name in orders:
                     keep = keep[torch.as_tensor(orders[node.name])]
                 target = targets.pop(node.name)[:, keep]
+                known = torch.from_numpy(~np.isin(keep.numpy(), directions[node.name])) if node.name in directions else None
                 other = None
                 if node.name in joins:
                     rest = joins[node.name].rest
                     other = torch.cat([target_rows(c, env[rest], positions.at) for env in state])  # type: ignore[arg-type]
-                changed, layer = refit(c, params, x, goal(program, c, params, target, other, positions), len(images))
+                aim = goal(program, c, params, target, other, positions, known)
+                changed, layer = refit(c, params, x, aim, len(images))
                 params.update(changed)
                 layers.append(layer)
                 progress("repair", i, total)

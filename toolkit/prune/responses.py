@@ -14,6 +14,7 @@ import torch
 
 from toolkit.graph import Program
 from toolkit.graph.program import operand
+from toolkit.prune.attention import Attention, Directions, narrowed
 from toolkit.prune.consumers import Consumer, can_shift, consumer, group_columns, matrix, rows, shifted
 from toolkit.prune.effects import Sensitivity, first_consumer
 from toolkit.prune.engine import Cached, Values, distortion, top1
@@ -235,6 +236,32 @@ def group_responses(
         )
     rest = [n for n in range(width) if n not in set(chosen.order)]
     return GroupResponses(tuple(results), (*chosen.order, *rest))
+
+
+def size_responses(
+    cached: Cached, reference: torch.Tensor, each: Attention, along: Directions, widths: Sequence[int], round_: int
+) -> GroupResponses:
+    """Responses of a size at each of `widths`, as `group_responses` has them of channels; channel i is direction i."""
+    engine = cached.engine
+    width = engine.program.group(each.group).width
+    results = []
+    for at in sorted(widths):
+        out = cached.outputs
+        if at < width:
+            with torch.no_grad():
+                out = cached.outputs_with(narrowed(engine.params, each, along, at), each.queries.maker.node)
+        results.append(
+            Response(
+                group=each.group,
+                width=at,
+                distortion=distortion(out, reference),
+                agreement=float((top1(out) == top1(reference)).double().mean()),
+                order="directions",
+                repaired=False,
+                round=round_,
+            )
+        )
+    return GroupResponses(tuple(results), tuple(range(width))[::-1])
 
 
 def masked(program: Program, params: Mapping[str, torch.Tensor], group: str, channels: Sequence[int]) -> Values:

@@ -163,7 +163,7 @@ def start(request: RunRequest, target: Target, out: Path, clock: Clock, progress
     with clock.step("trace"):
         progress("trace", 0, 1)
         traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
-        candidates, held = allocatable(traced.program, request.keep, request.min_width)
+        candidates, held = allocatable(traced.program, request.keep, request.min_width, request.method)
         progress("trace", 1, 1)
     with clock.step("images"):
         images = load_images(request, traced.preprocess, traced.classes, progress)

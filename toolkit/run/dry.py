@@ -44,7 +44,7 @@ def dry_run(request: RunRequest, progress: Progress) -> DryRun:
     )
     progress("trace", 0, 1)
     traced = load_and_trace(request.model, request.weights, request.preprocess, request.seed)
-    candidates, held = allocatable(traced.program, request.keep, request.min_width)
+    candidates, held = allocatable(traced.program, request.keep, request.min_width, request.method)
     progress("trace", 1, 1)
     images = load_images(request, traced.preprocess, traced.classes, progress)
     progress("dense model", 0, 1)

@@ -25,6 +25,7 @@ from toolkit.export import RoughInt8, save_onnx, to_onnx
 from toolkit.graph import Program, example_input, trace
 from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_widths, load_table, solve
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
+from toolkit.prune.attention import attentions
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
 from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
 
@@ -32,6 +33,7 @@ Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
 DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (50.0, 180.0)
+BY_CHANNEL = ("cswap", "psap")  # methods that know channels by an effect or a norm of their own
 MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
@@ -235,7 +237,7 @@ def load_and_trace(model: str, weights: str, preprocess: Preprocess | None, seed
 
 
 def allocatable(
-    program: Program, keep: Sequence[str] = (), min_width: int = 1
+    program: Program, keep: Sequence[str] = (), min_width: int = 1, method: str = "causal"
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(candidate widths by group, reason of every group left whole).
 
@@ -243,6 +245,10 @@ def allocatable(
         UsageError: a pattern that matches nothing, or nothing is left to prune.
     """
     held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
+    if method in BY_CHANNEL:
+        held |= dict.fromkeys(
+            attentions(program), f"its channels are directions, found anew at every cut; {method} goes by channels"
+        )
     held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
     unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
     if unmatched:

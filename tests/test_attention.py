@@ -1,0 +1,198 @@
+"""The size of heads: where queries meet keys, the directions that matter least to their products, and cuts along them."""
+
+from __future__ import annotations
+
+import numpy as np
+import patterns
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from patterns import attention as attentive
+from test_graph import traced
+from torch import nn
+
+from toolkit.graph import apply, example_input, prove, trace
+from toolkit.graph.program import operand
+from toolkit.prune.attention import Attention, Directions, attentions, balanced, directions, narrowed, rotated
+from toolkit.prune.engine import Engine, distortion
+from toolkit.prune.pruner import State, cut, held_groups, score
+from toolkit.prune.repair import outputs, with_parameters
+
+PLAIN = [
+    attentive.FusedAttention, attentive.ChunkedAttention, attentive.SeparateAttention, attentive.MultiheadFirst,
+    attentive.MultiheadSecond, attentive.RelativePositions, attentive.ShiftedWindows, attentive.ReducedKeys,
+]  # fmt: skip
+OTHERS = [  # queries or keys are normed, turned by position, shared among heads, or never meet
+    attentive.LinearAttention, attentive.GroupedQueries, attentive.CosineAttention, attentive.Rotary, attentive.NormedQueries,
+    attentive.ChannelAttention,
+]  # fmt: skip
+
+
+class Deranged(nn.Module):
+    """The keys' heads meet the queries' in another order: query head 3 i + j meets key head 2 j + i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(8, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, 6, 4).transpose(1, 2)
+        k = self.k(x).view(n, t, 3, 2, 4).permute(0, 3, 2, 1, 4).reshape(n, 6, t, 4)
+        v = self.v(x).view(n, t, 6, 4).transpose(1, 2)
+        return self.head(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, t, 24).mean(1))
+
+
+def images(program, count: int) -> torch.Tensor:
+    return torch.randn(count, *program.example.shape[1:], generator=torch.Generator().manual_seed(5))
+
+
+def in_double(program) -> Engine:
+    engine = Engine.of(program)
+    return engine.with_params({p: v.double() if v.is_floating_point() else v for p, v in engine.params.items()})
+
+
+def only(program) -> Attention:
+    (found,) = attentions(program).values()
+    return found
+
+
+def along(engine: Engine, each: Attention, x: torch.Tensor) -> Directions:
+    return directions(engine, [each], x)[each.group]
+
+
+@pytest.mark.parametrize("pattern", [*PLAIN, Deranged])
+def test_turned_queries_and_keys_give_the_same_network(pattern) -> None:
+    program = trace(Deranged(), torch.randn(1, 7, 8)) if pattern is Deranged else traced(pattern)
+    engine, x = in_double(program), images(program, 6).double()
+    each = only(program)
+    other = engine.with_params(rotated(engine.params, each, along(engine, each, x)))
+    assert not all(torch.equal(other.params[p], v) for p, v in engine.params.items())
+    assert torch.allclose(outputs(other, x), outputs(engine, x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [*PLAIN, Deranged])
+def test_the_first_directions_sliced_are_the_network_narrowed(pattern) -> None:
+    program = trace(Deranged(), torch.randn(1, 7, 8)) if pattern is Deranged else traced(pattern)
+    engine, x = in_double(program), images(program, 6).double()
+    each = only(program)
+    found = along(engine, each, x)
+    whole = with_parameters(program, rotated(engine.params, each, found))
+    for width in range(1, program.group(each.group).width):
+        kept = {each.group: range(width)}
+        sliced = apply(whole, kept)
+        assert prove(whole, sliced, kept) <= 1e-9
+        masked = outputs(engine.with_params(narrowed(engine.params, each, found, width)), x)
+        assert distortion(outputs(Engine.of(sliced), x.float()).double(), masked) < 1e-8
+        assert distortion(masked, outputs(engine, x)) > 1e-12
+
+
+@pytest.mark.parametrize("pattern", OTHERS)
+def test_a_size_that_something_looks_into_is_held(pattern) -> None:
+    program = traced(pattern)
+    assert not attentions(program)
+    sizes = [g.name for g in program.prunable if g.kind == "head_dim"]
+    assert all(held_groups(program)[name] for name in sizes)
+
+
+@given(st.integers(0, 999), st.integers(1, 5), st.integers(2, 40))
+def test_no_other_directions_lose_less_of_the_logits(seed, width, samples) -> None:
+    """Of queries and keys independent of each other, by brute force over all pairs; the loss is what the docstring says."""
+    rng = np.random.default_rng(seed)
+    q, k = (torch.from_numpy(rng.standard_normal((samples, 6)) @ rng.standard_normal((6, 6))) for _ in "qk")
+    moments = [(each.T @ each)[None] for each in (q, k)]
+    found = balanced(*moments)
+
+    def lost(left: torch.Tensor, right: torch.Tensor) -> float:
+        return float((q @ k.T - q @ left.T @ right @ k.T).square().sum())
+
+    best = lost(found.queries[0, :width], found.keys[0, :width])
+    singular = torch.linalg.svdvals(q @ k.T)
+    expected = float(singular[width:6].square().sum())
+    assert best == pytest.approx(expected, rel=1e-4, abs=1e-5 * float(singular.square().sum()))
+    for _ in range(5):
+        mix = torch.from_numpy(rng.standard_normal((6, 6)))
+        assert lost(mix[:width], torch.linalg.inv(mix).T[:width]) >= best * (1 - 1e-6) - 1e-6
+
+
+def test_keys_alike_at_all_tokens_cost_nothing() -> None:
+    """Softmax does not see what all keys have in common, however large; directions are not spent on it."""
+    model = Deranged()
+    with torch.no_grad():
+        model.k.weight.view(6, 4, 8)[:, 1:] = 0.0  # one direction tells the tokens apart
+        model.k.bias.normal_(std=100.0)
+    program = trace(model, torch.randn(1, 7, 8))
+    engine, x = in_double(program), images(program, 6).double()
+    each = only(program)
+    one = engine.with_params(narrowed(engine.params, each, along(engine, each, x), 1))
+    assert distortion(outputs(one, x), outputs(engine, x)) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """A network that attends sharply, and the scores of its heads' size."""
+    torch.manual_seed(0)
+    model = attentive.FusedAttention()
+    with torch.no_grad():
+        model.qkv.weight.mul_(8.0)
+    program = trace(model, example_input(patterns.SHAPES[attentive.FusedAttention]))
+    x = images(program, 96).numpy()
+    each = only(program)
+    found = score(
+        program, State(program), x, {each.group: (1, 2, 3, 4)}, "causal",
+        repair=True, round_=0, seed=0, effect_passes=2.0, progress=lambda *_: None,
+    )  # fmt: skip
+    return program, x, each, found
+
+
+def test_a_response_is_that_of_the_cut(scored) -> None:
+    program, x, each, found = scored
+    responses = {r.width: r.distortion for r in found.groups[each.group].responses}
+    assert responses[4] == 0 < responses[3] < responses[1]
+    assert found.groups[each.group].order == (3, 2, 1, 0)
+    engine = Engine.of(program)
+    sample, fit = torch.from_numpy(x[: found.images]), torch.from_numpy(x[found.images :])
+    other = outputs(engine.with_params(narrowed(engine.params, each, along(engine, each, fit), 2)), sample)
+    assert responses[2] == pytest.approx(distortion(other, outputs(engine, sample)), rel=1e-5)
+
+
+def test_sizes_are_cut_in_rounds_and_repaired_but_for_the_directions(scored) -> None:
+    program, x, each, _ = scored
+    kept = {each.group: range(3), "stem": range(10)}  # what queries, keys and values are made of changes
+    plain, first = (
+        cut(program, State(program), kept, x, repair_=repair, seed=0, progress=lambda *_: None) for repair in (False, True)
+    )
+    again = cut(program, first.state, {each.group: range(2)}, x, repair_=True, seed=0, progress=lambda *_: None)
+    assert max(plain.proof, first.proof, again.proof) <= 1e-9
+    assert again.state.alive == {each.group: (0, 1), "stem": tuple(range(10))}
+    assert first.repaired is not None and first.repaired.kept
+    name = str(operand(program.nodes[each.queries.maker.node], 1).target)
+    before, after = (Engine.of(c.state.program).params[name] for c in (plain, first))
+    same = (before == after).flatten(1).all(1)
+    assert len(same) == 2 * 3 * 3 + 3 * 4  # of queries and keys, and of values
+    assert same[:18].all() and not same[18:].any()
+
+
+@pytest.mark.parametrize("last", ["unbind", "select", "sum"])
+@pytest.mark.parametrize("order", [(2, 0, 3, 1, 4), (0, 2, 1, 3, 4), (3, 0, 2, 1, 4)])
+def test_parts_made_side_by_side_are_split_where_they_are_only_told_apart(order, last) -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            axis = order.index(2)
+            y = self.qkv(x).reshape(len(x), -1, 3, 2, 4).permute(order)
+            if last == "sum":
+                return y.sum(axis)
+            q, k, v = y.unbind(axis) if last == "unbind" else (y.select(axis, i) for i in (0, 1, 2))
+            return q - 2 * k + 3 * v
+
+    model, x = Fused(), example_input((2, 5, 8))
+    program = trace(model, x[:1])
+    split = [n for n in program.module.graph.nodes if "split" in str(n.target)]
+    assert len(split) == (last != "sum")
+    assert torch.allclose(program.module(x), model(x), atol=1e-6)

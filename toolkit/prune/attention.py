@@ -1,0 +1,249 @@
+"""The size of attention's heads, as queries and keys have it: cut along the directions that matter least to their products.
+
+A head's logits are q . k, and stay what they are when q becomes P q and k becomes Q k with P^T Q = I. So the size has no channels
+of its own to choose among: the best r directions are found. With A = E[q q^T]^1/2 and B = E[(k - m)(k - m)^T]^1/2, m the mean
+over the tokens of one softmax, which does not see it, and A B = U S V^T,
+
+    P = S^1/2 U^T A^-1,    Q = S^1/2 V^T B^-1,
+
+the first r rows of both lose sum_{i>r} S_i^2 of E|q . (k - m)|^2, where q and k are independent, and no other r rows lose less
+(Eckart and Young 1936). Values are left as they are: nothing absorbs what they lose so well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from toolkit.graph import Program
+from toolkit.graph.labels import Entries
+from toolkit.graph.program import operand
+from toolkit.graph.rules import argument, aten
+from toolkit.graph.rules.core import operators
+from toolkit.graph.rules.mixing import ATTENTION, PRODUCTS
+from toolkit.graph.rules.reshaping import COPIES, EXPANSIONS, PERMUTES, SPLITS, VIEWS
+from toolkit.prune.consumers import Consumer, consumer, matrix
+from toolkit.prune.engine import Engine, Values
+from toolkit.schema import ChannelGroup
+
+IMAGES = 64  # that second moments are taken of
+FLOOR = 1e-6  # of the largest eigenvalue of a moment: less is as good as nothing
+MOVES = (*PERMUTES, *operators("select.int", "slice.Tensor", "unsqueeze", "squeeze.dim"))
+SCALED = tuple(operators("mul.Tensor", "div.Tensor", "mul.Scalar", "div.Scalar"))
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or keys of an attention.
+
+    Attributes:
+        operand: the node that its product reads.
+        maker: the convolution or linear whose outputs they are.
+        rows: [heads, size] rows of its weight.
+        heads: head of every leading index of the operand, flattened, at the example's batch.
+        turned: whether the size comes before the tokens, as in a matrix product's second operand.
+    """
+
+    operand: str
+    maker: Consumer
+    rows: Entries
+    heads: Entries
+    turned: bool
+
+    def vectors(self, value: torch.Tensor) -> torch.Tensor:
+        """The operand as [leading, tokens, size]."""
+        return (value.mT if self.turned else value).flatten(0, -3)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where queries meet keys: the channel group of their size, and both sides; head i of one meets head i of the other."""
+
+    group: str
+    queries: Side
+    keys: Side
+
+
+@dataclass(frozen=True)
+class Directions:
+    """P and Q [heads, size, size] of the module's docstring, in falling order of what they give to the logits."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+# --- where they are -----------------------------------------------------------------------------------------------------
+
+
+def attentions(program: Program) -> dict[str, Attention]:
+    """By channel group, every size of queries and keys that can be cut; not those that something looks into on the way."""
+    found = (attention(program, group) for group in program.prunable if group.kind == "head_dim")
+    return {each.group: each for each in found if each}
+
+
+def attention(program: Program, group: ChannelGroup) -> Attention | None:
+    """The attention of which the group is the size; None where it is more than that."""
+    units = program.units[group.name]
+    if len(group.consumers) != 1 or program.reduced.intersection(units.tolist()):
+        return None
+    node = program.nodes[group.consumers[0]]
+    if node.target not in (*ATTENTION, *PRODUCTS):
+        return None
+    first = 1 if node.target in operators("addmm", "baddbmm") else 0
+    queries = side(program, operand(node, first), units, turned=False)
+    keys = side(program, operand(node, first + 1), units, turned=node.target not in ATTENTION)
+    if queries is None or keys is None or {queries.maker.node, keys.maker.node} != set(group.producers):
+        return None
+    return paired(program, group.name, queries, keys)
+
+
+def side(program: Program, node: Node, units: Entries, *, turned: bool) -> Side | None:
+    """Queries or keys from the product's operand; None where they are not just outputs of one operator, moved and scaled."""
+    traced = rows_of(program, node)
+    entries = program.dims[node.name][-2 if turned else -1]
+    if traced is None or traced[1].ndim < 3 or entries is None or not np.array_equal(entries, units):
+        return None
+    maker, index = consumer(program, traced[0]), (traced[1].mT if turned else traced[1]).flatten(0, -3)
+    if maker is None or maker.groups > 1 or not bool((index == index[:, :1]).all()):
+        return None
+    rows, heads = np.unique(index[:, 0].numpy(), axis=0, return_inverse=True)
+    if len(np.unique(rows)) != rows.size:
+        return None
+    return Side(node.name, maker, rows, heads.reshape(-1), turned)
+
+
+def paired(program: Program, group: str, queries: Side, keys: Side) -> Attention | None:
+    """Both sides with their heads in one order; None where a head of one side meets several of the other."""
+    shapes = [program.shapes[each.operand][:-2] for each in (queries, keys)]
+    whole = np.broadcast_shapes(*shapes)
+    sides = [
+        np.broadcast_to(each.heads.reshape(shape), whole).reshape(-1) for each, shape in zip((queries, keys), shapes, strict=True)
+    ]
+    pairs = np.unique(np.stack(sides, 1), axis=0)
+    if not len(pairs) == len(queries.rows) == len(keys.rows) == len(np.unique(pairs[:, 1])):
+        return None
+    order = pairs[:, 1]  # of the keys' heads, in the queries' order
+    return Attention(group, queries, Side(keys.operand, keys.maker, keys.rows[order], np.argsort(order)[keys.heads], keys.turned))
+
+
+def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
+    """(the operator that made a tensor's entries, which of its output channels each is); None where they are not only moved or
+    scaled on the way.
+    """
+    shape = program.shapes.get(node.name, ())
+    if node.target in (aten.linear.default, aten.conv2d.default):
+        axis = 1 if node.target is aten.conv2d.default else len(shape) - 1
+        return node, torch.arange(shape[axis]).reshape(-1, *[1] * (len(shape) - 1 - axis)).expand(shape)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or (node.target in SCALED and isinstance(node.args[1], Node)):
+        return None
+    if node.target is operator.getitem:
+        if source.target not in SPLITS:
+            return None
+        found, axis = rows_of(program, operand(source, 0)), argument(source, 2, "dim", 0)
+        sizes = [each[axis] for each in program.part_shapes[source.name]]
+        return found and (found[0], torch.split(found[1], sizes, axis)[argument(node, 1)])
+    if node.target not in (*VIEWS, *EXPANSIONS, *MOVES, *COPIES, *SCALED):
+        return None
+    found = rows_of(program, source)
+    if found is None:
+        return None
+    made, index = found
+    if node.target in VIEWS:
+        index = index.reshape(shape)
+    elif node.target in EXPANSIONS:
+        index = index.expand(shape)
+    elif node.target in MOVES:
+        index = node.target(index, *node.args[1:])  # type: ignore[operator]
+    return made, index
+
+
+# --- what their directions are ------------------------------------------------------------------------------------------
+
+
+def directions(engine: Engine, found: Iterable[Attention], images: torch.Tensor) -> dict[str, Directions]:
+    """By channel group, from second moments over at most IMAGES images; without any, as if inputs were white noise."""
+    found = list(found)
+    step = len(engine.program.example)  # heads are known by their place at this number of images
+    places = {each.operand for attention in found for each in (attention.queries, attention.keys)}
+    totals: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    with torch.no_grad():
+        for i in range(0, min(len(images), IMAGES) - step + 1, step) if found else ():
+            kept = engine.run(images[i : i + step], keep=places)[1]
+            for each in found:
+                keys = each.keys.vectors(kept[each.keys.operand])
+                now = (
+                    moment(each.queries, each.queries.vectors(kept[each.queries.operand])),
+                    moment(each.keys, keys - keys.mean(1, keepdim=True)),
+                )
+                before = totals.get(each.group)
+                totals[each.group] = (before[0] + now[0], before[1] + now[1]) if before else now
+    return {
+        each.group: balanced(*(totals.get(each.group) or (white(engine, each.queries), white(engine, each.keys))))
+        for each in found
+    }
+
+
+def moment(side: Side, vectors: torch.Tensor) -> torch.Tensor:
+    """Sum of x x^T [heads, size, size] in float64 over vectors [leading, tokens, size]."""
+    each = (vectors.mT @ vectors).double()
+    return torch.zeros(len(side.rows), *each.shape[1:], dtype=torch.float64).index_add_(0, torch.from_numpy(side.heads), each)
+
+
+def white(engine: Engine, side: Side) -> torch.Tensor:
+    """The moments that inputs without any correlation would give."""
+    rows = matrix(engine.params[side.maker.weight])[side.rows]
+    return rows @ rows.mT
+
+
+def balanced(queries: torch.Tensor, keys: torch.Tensor) -> Directions:
+    """P and Q of these second moments."""
+    (a, a_inverse), (b, b_inverse) = roots(queries), roots(keys)
+    u, s, vt = torch.linalg.svd(a @ b)
+    half = s.sqrt()[..., None]
+    return Directions(half * (u.mT @ a_inverse), half * (vt @ b_inverse))
+
+
+def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric square root of a second moment, and its inverse."""
+    values, vectors = torch.linalg.eigh(moment)
+    root = values.clamp_min(FLOOR * values[..., -1:].clamp_min(1e-30)).sqrt()[..., None, :]
+    return vectors * root @ vectors.mT, vectors / root @ vectors.mT
+
+
+def turned(params: Mapping[str, torch.Tensor], side: Side, by: torch.Tensor) -> Values:
+    """The operator's parameters with its outputs x [size] of every head become `by` [heads, size, size] x."""
+    c = side.maker
+    found: Values = {}
+    for path in (c.weight, c.bias) if c.bias else (c.weight,):
+        changed = params[path].clone()
+        flat = changed.view(len(changed), -1)
+        flat[side.rows] = (by @ flat[side.rows].double()).to(flat.dtype)
+        found[path] = changed
+    return found
+
+
+def narrowed(params: Mapping[str, torch.Tensor], each: Attention, along: Directions, width: int) -> Values:
+    """Parameters that give the logits of `width` directions, at the full size: queries become Q_r^T P_r q."""
+    return turned(params, each.queries, along.keys[:, :width].mT @ along.queries[:, :width])
+
+
+def rotated(params: Mapping[str, torch.Tensor], each: Attention, along: Directions) -> Values:
+    """Parameters with the same logits whose first outputs of a head are its best directions."""
+    first = turned(params, each.queries, along.queries)
+    return first | turned({**params, **first}, each.keys, along.keys)
+
+
+def turned_rows(program: Program, groups: Collection[str]) -> dict[str, Entries]:
+    """By operator, its output channels that are queries or keys of these groups: a cut puts directions in their places."""
+    found: dict[str, Entries] = {}
+    for each in attentions(program).values():
+        for side in (each.queries, each.keys) if each.group in groups else ():
+            rows = np.sort(side.rows.reshape(-1))
+            found[side.maker.node] = np.union1d(found.get(side.maker.node, rows), rows)
+    return found
