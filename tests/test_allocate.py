@@ -31,7 +31,7 @@ class Place:
 
 
 def form(*names: str, const: int = 0) -> DimForm:
-    return DimForm(const=const, terms=tuple((name, 1) for name in names))
+    return DimForm(const=const, terms=tuple(((name,), 1) for name in names))
 
 
 def group(name: str, width: int) -> ChannelGroup:
@@ -62,14 +62,23 @@ def table_law(table: Sequence[int]) -> Callable[[int, int], float]:
 
 
 @st.composite
+def forms(draw: st.DrawFn, names: set[str]) -> DimForm:
+    """A sum of these groups, or of products of some of them."""
+    const = draw(st.integers(0, 3))
+    if not names or draw(st.booleans()):
+        return form(*sorted(names), const=const)
+    product = st.lists(st.sampled_from(sorted(names)), min_size=1, max_size=3).map(lambda each: tuple(sorted(each)))
+    return DimForm(const=const, terms=tuple(draw(st.lists(st.tuples(product, st.integers(1, 3)), max_size=3)))).fixed({})
+
+
+@st.composite
 def problems(draw: st.DrawFn) -> Problem:
     names = [f"g{index}" for index in range(draw(st.integers(1, 4)))]
     candidates = {name: sorted(draw(st.sets(st.integers(0, 12), min_size=1, max_size=4))) for name in names}
     losses = {name: {width: draw(st.integers(0, 100)) / 10 for width in widths} for name, widths in candidates.items()}
     sites = []
     for index in range(draw(st.integers(1, 6))):
-        c_in = form(*draw(st.sets(st.sampled_from(names), max_size=3)), const=draw(st.integers(0, 3)))
-        c_out = form(*draw(st.sets(st.sampled_from(names), max_size=2)), const=draw(st.integers(0, 3)))
+        c_in, c_out = (draw(forms(draw(st.sets(st.sampled_from(names), max_size=most)))) for most in (3, 2))
         table = draw(st.lists(st.integers(1, 50), min_size=11, max_size=11))
         sites.append(Place(f"site{index}", c_in, c_out, table_law(table)))
     return Problem([group(name, 12) for name in names], candidates, losses, sites, draw(st.integers(0, 20)) * 1000.0)
@@ -256,6 +265,73 @@ def test_a_stream_that_grows_by_concatenation_is_exact_where_copies_cost_by_the_
     found = allocate([group(name, 32) for name in names], {name: widths for name in names}, losses, sites, 0.0, budget)
     assert found.loss == pytest.approx(min(reach.values()), abs=1e-2) and found.optimality_gap == 0.0
     assert found.predicted_ns <= budget * (1 + 1e-5)
+
+
+def projections(names: Sequence[str]) -> list[tuple[DimForm, DimForm]]:
+    """(in, out) around attention: queries and values of r of a head's sizes beside 64 that stay, from a stream and back."""
+    h, r, g = names
+    mixed = DimForm(const=0, terms=(((h,), 64), ((h, r), 2)))
+    return [(form(g), mixed), (form(r), form(h)), (mixed, form(g)), (DimForm(const=1, terms=((names, 1),)), form(g))]
+
+
+@given(st.data(), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_products_of_groups_are_allocated_as_by_brute_force(data: st.DataObject, share: float) -> None:
+    names = ("h", "r", "s")
+    candidates = {name: sorted(data.draw(st.sets(st.integers(0, 12), min_size=2, max_size=4))) for name in names}
+    losses = {name: {width: data.draw(st.integers(0, 100)) / 10 for width in widths} for name, widths in candidates.items()}
+    tables = st.lists(st.integers(1, 50), min_size=11, max_size=11)
+    sites = [Place(f"site{i}", *sides, table_law(data.draw(tables))) for i, sides in enumerate(projections(names))]
+    problem = Problem([group(name, 12) for name in names], candidates, losses, sites, 0.0)
+    every = problem.all_widths()
+    budget = sorted(problem.latency(widths) for widths in every)[int(share * (len(every) - 1))] + 1.0
+    best = min(problem.loss(widths) for widths in every if problem.latency(widths) <= budget)
+    found = solve(problem, budget)
+    assert found.predicted_ns == pytest.approx(problem.latency(found.widths)) and found.predicted_ns <= budget
+    assert found.loss == pytest.approx(best, abs=1e-2)
+
+
+@pytest.mark.parametrize("limits", [{"MAX_TOTALS": 4}, {"MAX_COMBINATIONS": 4}, {"MAX_TOTALS": 4, "MAX_COMBINATIONS": 4}])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_products_with_too_many_totals_are_exact_where_costs_are_affine(limits, share, monkeypatch) -> None:
+    for name, limit in limits.items():
+        monkeypatch.setattr(module, name, limit)
+    names = ("h", "r", "s")
+    candidates = {"h": [1, 2, 3, 6], "r": [4, 8, 16, 31], "s": [3, 5, 9]}
+    losses = {name: {w: 7.3 * (max(widths) - w) / max(widths) for w in widths} for name, widths in candidates.items()}
+
+    def law(c_in: int, c_out: int) -> float:
+        return 100.0 + 3.0 * c_in * c_out
+
+    sites = [Place(f"site{i}", *sides, law) for i, sides in enumerate(projections(names)[:3])]
+    problem = Problem([group(name, 31) for name in names], candidates, losses, sites, 0.0)
+    every = problem.all_widths()
+    budget = share * max(problem.latency(widths) for widths in every)
+    found = solve(problem, budget)
+    best = min(problem.loss(widths) for widths in every if problem.latency(widths) <= budget)
+    assert found.loss == pytest.approx(best, abs=1e-2) and found.predicted_ns <= budget * (1 + 1e-5)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_totals_of_a_form_are_those_of_every_combination(data: st.DataObject) -> None:
+    names = {"a", "b", "c", "d"}
+    choices = {name: tuple(sorted(data.draw(st.sets(st.integers(0, 9), min_size=1, max_size=3)))) for name in names}
+    each = data.draw(forms(names))
+    every = {each.at(dict(zip(choices, widths, strict=True))) for widths in itertools.product(*choices.values())}
+    assert module._Program(choices, [], 0.0)._values(each) == sorted(every)
+
+
+def test_pairs_of_distinct_channels_are_as_many_at_no_channel_as_at_one() -> None:
+    pairs = DimForm(const=0, terms=((("g",), -1), (("g", "g"), 1)))
+    sites = [
+        Place("site", DimForm(const=1, terms=(*form("h", "k").terms, *pairs.terms)).fixed({}), form("h"), lambda a, b: 1.0 * a)
+    ]
+    sites.append(Place("pairs", DimForm(const=1, terms=pairs.terms), form("h", "k", const=1), lambda a, b: 1.0 * a * b))
+    groups, candidates = [group(name, 3) for name in "ghk"], {name: [0, 1, 3] for name in "ghk"}
+    losses = {name: {0: 0.0, 1: 1.0, 3: 2.0} for name in "ghk"}
+    found = allocate(groups, candidates, losses, sites, 0.0, 1e3)
+    assert found.widths == {"g": 0, "h": 0, "k": 0}
 
 
 def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:

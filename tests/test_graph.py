@@ -300,6 +300,22 @@ def test_a_dimension_form_counts_what_a_plan_leaves() -> None:
                 assert program.form(entries).at(widths) == sliced.shapes[node][axis]
 
 
+@pytest.mark.parametrize(
+    "pattern", sampled([patterns.FusedAttention, patterns.ChunkedAttention, patterns.GroupedQueries, patterns.Covariance])
+)
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_dimension_form_counts_what_any_widths_of_a_grid_leave(pattern, data: st.DataObject) -> None:
+    """Heads and head sizes cut at once, and channels against themselves."""
+    program = traced(pattern)
+    kept = {g.name: sorted(data.draw(st.sets(st.integers(0, g.width - 1)))) for g in program.prunable}
+    gone = program.gone(kept)
+    widths = {g.name: len(kept.get(g.name, range(g.width))) for g in program.groups}
+    for entries in (e for dims in program.dims.values() for e in dims if e is not None):
+        assert program.form(entries).at(widths) == np.count_nonzero(~gone[entries])
+    assert any(len(names) == 2 for form in program.forms() for names, _ in form.terms)
+
+
 class Spectrum(nn.Module):
     """A Fourier transform over channels has no rule: that group stays, the other does not care."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from toolkit.errors import TableError
 from toolkit.export import RoughInt8
 from toolkit.latency import ambiguous_forms, choose_probe_widths, solve
 from toolkit.latency.sites import Site, attribute, find_sites
-from toolkit.latency.variants import BLOB, VariantMaker
+from toolkit.latency.variants import BLOB, VariantMaker, _matcher
 from toolkit.schema import DimForm
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def test_a_check_at_other_widths_is_refused(exports: list[tuple[dict[str, int], 
 
 
 def test_one_probe_that_tells_forms_apart_is_not_enough_when_two_fit(exports: list[tuple[dict[str, int], Any]]) -> None:
-    twin = DimForm(const=0, terms=(("d", 1),))
+    twin = DimForm(const=0, terms=((("d",), 1),))
     named = [({**widths, "d": widths["a"]}, model) for widths, model in exports]
     with pytest.raises(TableError, match="Add one more probe"):
         solve(named[:-1], [*FORMS, twin])
@@ -46,7 +47,7 @@ def test_one_probe_that_tells_forms_apart_is_not_enough_when_two_fit(exports: li
 
 def test_a_dimension_without_a_form_is_refused(exports: list[tuple[dict[str, int], Any]]) -> None:
     with pytest.raises(TableError, match="no channel group explains it"):
-        solve(exports[:-1], [each for each in FORMS if each.terms[0] != ("c", 16)])
+        solve(exports[:-1], [each for each in FORMS if each.terms[0] != (("c",), 16)])
 
 
 def test_another_structure_is_refused(exports: list[tuple[dict[str, int], Any]]) -> None:
@@ -92,6 +93,26 @@ def test_probe_widths_tell_every_form_apart(full: list[int], seed: int) -> None:
     assert all(1 <= widths[name] <= dense[name] for widths in [*probes, check] for name in groups)
 
 
+@given(st.lists(st.integers(3, 24), min_size=2, max_size=6), st.integers(0, 3), st.data())
+@settings(max_examples=40, deadline=None)
+def test_products_of_widths_are_told_apart_and_found(full: list[int], seed: int, data: st.DataObject) -> None:
+    """Heads x head sizes beside their sums, and beside what each would be were the other fixed."""
+    groups = {f"g{index}": (1, width) for index, width in enumerate(full)}
+    sides = list(itertools.combinations(groups, 2))
+    forms = [form(name) for name in groups] + [DimForm(const=0, terms=((pair, k),)) for pair in sides for k in (1, 3)]
+    forms += [DimForm(const=0, terms=(((a,), groups[b][1]),)) for a, b in sides]
+    forms += [DimForm(const=0, terms=(((a,), 64), ((a, b), 2))) for a, b in sides]
+    fixed = data.draw(st.sets(st.sampled_from(sorted(groups)), max_size=len(groups) - 1))
+    groups |= {name: (groups[name][1], groups[name][1]) for name in fixed}
+    *probes, check = choose_probe_widths(groups, forms, seed)
+    dense = {name: width for name, (_, width) in groups.items()}
+    folded = {each.fixed({name: dense[name] for name in fixed}) for each in forms}
+    assert not ambiguous_forms(list(folded), [dense, *probes])
+    match = _matcher([dense, *probes], list(folded))
+    for each in folded:
+        assert match([each.at(widths) for widths in [dense, *probes]], "side").at(check) == each.at(check)
+
+
 # --- sites --------------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +128,7 @@ def test_sites_know_their_channels(maker: VariantMaker) -> None:
         ("Conv", form("b"), form("p", const=16)),
         ("Conv", form("p", const=16), form("c")),
         ("DepthwiseConv", form("c"), form("c")),
-        ("Gemm", DimForm(const=0, terms=(("c", 16),)), form(const=10)),
+        ("Gemm", DimForm(const=0, terms=((("c",), 16),)), form(const=10)),
     ]
     assert sorted(map(repr, pairs)) == sorted(map(repr, expected))
     nodes = [name for site in sites for name in site.nodes]

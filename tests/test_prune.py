@@ -689,7 +689,7 @@ def test_candidate_widths_ascend_and_respect_their_limits(width, floor, least) -
 @pytest.mark.parametrize("pattern", [patterns.Concat, patterns.NestedConcat, patterns.OptionA, patterns.Coordinates])
 def test_groups_that_share_a_dimension_have_the_responses_of_their_cuts(pattern) -> None:
     program, x = traced(pattern), images(24)
-    summed = {name for form in program.forms() if len(form.terms) > 1 or form.const for name, _ in form.terms}
+    summed = {name for form in program.forms() if len(form.terms) > 1 or form.const for name in form.groups}
     cached = cache(Engine.of(program), x)
     sensitivity = causes.sensitivities(program, cached.engine, x)
     assert summed and not summed.intersection(held_groups(program))

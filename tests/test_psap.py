@@ -112,7 +112,9 @@ def test_the_schedule_begins_at_dense_falls_and_ends_where_the_loop_aims() -> No
 def test_widths_take_the_share_that_the_schedule_has_or_there_are_none(ratios) -> None:
     program = resumable.traced()
     candidates = {"stem": (2, 4, 6, 8), "first": (0, 3, 6, 9, 12)}
-    sites = [Place(name, DimForm(const=1), DimForm(const=0, terms=((name, 1),)), lambda i, o: 1000.0 * o) for name in candidates]
+    sites = [
+        Place(name, DimForm(const=1), DimForm(const=0, terms=(((name,), 1),)), lambda i, o: 1000.0 * o) for name in candidates
+    ]
     model = SimpleNamespace(
         costs=lambda: sites, overhead_ns=2000.0, predict=lambda w: 2000.0 + 1000.0 * sum(w[name] for name in candidates)
     )

@@ -81,7 +81,11 @@ def test_without_a_budget_only_what_does_no_harm_goes(tmp_path, strided, monkeyp
 
 
 def test_the_prunable_share_of_the_latency_is_that_of_places_with_a_choice() -> None:
-    free, kept, fixed = (DimForm(const=0, terms=(("a", 1),)), DimForm(const=0, terms=(("b", 1),)), DimForm(const=3, terms=()))
+    free, kept, fixed = (
+        DimForm(const=0, terms=((("a",), 1),)),
+        DimForm(const=0, terms=((("b",), 1),)),
+        DimForm(const=3, terms=()),
+    )
     sites = [SimpleNamespace(c_in=i, c_out=o, cost=c) for i, o, c in ((fixed, kept, 1.0), (kept, free, 2.0), (free, fixed, 5.0))]
     model = SimpleNamespace(sites=sites, site_cost=lambda site, c_in, c_out: site.cost)
     some = SimpleNamespace(candidates={"a": (4, 8), "b": (8,)}, dense_widths={"a": 8, "b": 8}, model=model)
@@ -230,6 +234,14 @@ def test_a_networks_variants_are_those_of_its_exports(pattern) -> None:
     program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
     free, _ = allocatable(program)
     variant_maker(program, free, 1, quiet)  # holds its variant against one more export, and would raise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [patterns.ChunkedAttention, patterns.SeparateAttention, patterns.MultiheadSecond])
+def test_variants_follow_heads_and_their_sizes_together(pattern) -> None:
+    program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
+    maker = variant_maker(program, {g.name: (1, g.width) for g in program.prunable}, 1, quiet)
+    assert any(len(names) == 2 for slot in maker.slots for form in slot.dims for names, _ in form.terms)
 
 
 @pytest.mark.slow

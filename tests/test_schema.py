@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 
 from toolkit import schema
 from toolkit.errors import UsageError
-from toolkit.schema import Effect, HeldOut, Plan, Profile, Record, Response, TableRow, from_json, load_json, save_json, to_json
+from toolkit.schema import (
+    DimForm,
+    Effect,
+    HeldOut,
+    Plan,
+    Profile,
+    Record,
+    Response,
+    TableRow,
+    from_json,
+    load_json,
+    save_json,
+    to_json,
+)
 
 RECORDS = sorted(
     (kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, Record) and kind is not Record),
@@ -209,3 +222,28 @@ def test_a_table_that_does_not_fit_is_refused_with_its_line() -> None:
     for bad in (second.rsplit(",", 1)[0], f"{second},1", second.replace("3", "three"), second.replace("0.1", "")):
         with pytest.raises(UsageError, match="table.csv, line 3"):
             schema.rows_from_csv(TableRow, f"{header}\n{first}\n{bad}\n", "table.csv")
+
+
+NAMES = "abc"
+FORMS = st.builds(
+    lambda const, terms: DimForm(const=const, terms=tuple(sorted((tuple(sorted(names)), k) for names, k in terms))),
+    st.integers(-5, 5),
+    st.lists(st.tuples(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3), st.integers(-2, 5)), max_size=5),
+)
+SOME_WIDTHS = st.fixed_dictionaries({name: st.integers(0, 7) for name in NAMES})
+
+
+@given(FORMS, SOME_WIDTHS, st.sets(st.sampled_from(NAMES)))
+@settings(max_examples=60, deadline=None)
+def test_a_form_with_some_widths_fixed_is_the_same_at_them(form: DimForm, widths: dict[str, int], names: set[str]) -> None:
+    fixed = form.fixed({name: widths[name] for name in names})
+    rest = {name: width for name, width in widths.items() if name not in names}
+    assert fixed.at(rest) == form.at(widths) and not names.intersection(fixed.groups)
+    assert fixed.fixed({}) == fixed and len(dict(fixed.terms)) == len(fixed.terms) and all(k for _, k in fixed.terms)
+
+
+def test_terms_that_become_equal_are_one() -> None:
+    form = DimForm(const=1, terms=((("h",), 64), (("h", "r"), 2)))
+    assert form.groups == ("h", "r") and form.at({"h": 3, "r": 5}) == 1 + 192 + 30
+    assert form.fixed({"r": 64}) == DimForm(const=1, terms=((("h",), 192),))
+    assert form.fixed({"h": 2}) == DimForm(const=129, terms=((("r",), 4),))

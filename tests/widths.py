@@ -7,12 +7,12 @@ from typing import Any
 from toolkit.schema import DimForm
 
 GROUPS = {"a": (1, 24), "b": (1, 32), "c": (1, 40), "p": (1, 16)}
-FORMS = [DimForm(const=0, terms=((name, elements),)) for name, elements in (("a", 1), ("b", 1), ("c", 1), ("c", 16), ("p", 1))]
-FORMS.append(DimForm(const=16, terms=(("p", 1),)))
+FORMS = [DimForm(const=0, terms=(((name,), elements),)) for name, elements in (("a", 1), ("b", 1), ("c", 1), ("c", 16), ("p", 1))]
+FORMS.append(DimForm(const=16, terms=((("p",), 1),)))
 
 
 def form(*names: str, const: int = 0) -> DimForm:
-    return DimForm(const=const, terms=tuple((name, 1) for name in names))
+    return DimForm(const=const, terms=tuple(((name,), 1) for name in names))
 
 
 def export(widths: dict[str, int]) -> Any:

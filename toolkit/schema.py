@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -160,14 +161,32 @@ class ChannelGroup(Record, frozen=True, kw_only=True):
 
 
 class DimForm(Record, frozen=True, kw_only=True):
-    """A dimension as a function of the plan: const + sum of elements x width over `terms` (group name, elements a channel)."""
+    """A dimension as a function of the plan: const + sum of elements x the product of some groups' widths.
+
+    A term is (names of these groups, elements): one name mostly, two for heads x head size. Names are sorted, and one is repeated
+    where its width is squared; terms are sorted too.
+    """
 
     const: int
-    terms: tuple[tuple[str, int], ...] = ()
+    terms: tuple[tuple[tuple[str, ...], int], ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that it depends on."""
+        return tuple(sorted({name for names, _ in self.terms for name in names}))
 
     def at(self, widths: Mapping[str, int]) -> int:
         """The dimension at these group widths."""
-        return self.const + sum(elements * widths[name] for name, elements in self.terms)
+        return self.const + sum(elements * math.prod(widths[name] for name in names) for names, elements in self.terms)
+
+    def fixed(self, widths: Mapping[str, int]) -> DimForm:
+        """The form where these groups have these widths; equal terms are one, and none counts nothing."""
+        counts: dict[tuple[str, ...], int] = {}
+        for names, elements in self.terms:
+            left = tuple(name for name in names if name not in widths)
+            counts[left] = counts.get(left, 0) + elements * math.prod(widths[name] for name in names if name in widths)
+        const = self.const + counts.pop((), 0)
+        return DimForm(const=const, terms=tuple(sorted(term for term in counts.items() if term[1])))
 
 
 # --- latency table ----------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def tensor_size(program: Program, name: str, shape: tuple[int, ...], dims: Dims 
     each, forms = ELEMENT_BYTES / images, list[DimForm]()
     for length, entries in zip(shape, dims if dims is not None else [None] * len(shape), strict=True):
         form = program.form(entries) if entries is not None else ONE
-        full = {group: program.group(group).width for group, _ in form.terms}
+        full = {group: program.group(group).width for group in form.groups}
         if form.terms and len(forms) < 2 and form.at(full) == length:  # a part of a group's channels has no form
             forms.append(form)
         else:

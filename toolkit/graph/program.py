@@ -7,11 +7,13 @@ looked at or called again.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 
 import msgspec
 import numpy as np
@@ -89,9 +91,14 @@ class Program:
         return tuple(g for g in self.groups if g.prunable)
 
     @cached_property
+    def unit(self) -> dict[int, tuple[str, int]]:
+        """(group, channel) of every class that is a channel of a group."""
+        return {int(c): (name, i) for name, classes in self.units.items() for i, c in enumerate(classes)}
+
+    @cached_property
     def owner(self) -> dict[int, tuple[str, int]]:
         """(group, channel) of every class that belongs to a group; of a grid's classes, that of the first prunable side."""
-        found = {int(c): (name, i) for name, classes in self.units.items() for i, c in enumerate(classes)}
+        found = dict(self.unit)
         prunable = {g.name for g in self.prunable}
         for c, atoms in self.atoms.items():
             sides = sorted((found[a] for a in atoms if a in found), key=lambda side: side[0] not in prunable)
@@ -145,11 +152,45 @@ class Program:
         return gone
 
     def form(self, entries: Entries) -> DimForm:
-        """How many of these entries a plan leaves, as a function of the widths (of outer groups: `inner` ones keep theirs)."""
-        owners = Counter(self.owner[int(c)][0] if int(c) in self.owner else "" for c in entries)
-        const = owners.pop("", 0)
-        terms = tuple(sorted((name, count // len(self.units[name])) for name, count in owners.items()))
-        return DimForm(const=const, terms=terms)
+        """How many of these entries a plan leaves, as a function of the widths.
+
+        Exact for every plan where the entries hold whole groups, or whole grids of them: those count as the widths of their sides
+        multiplied. What is a part of a grid counts for its owner, as if the other sides kept their widths.
+        """
+        terms: list[tuple[tuple[str, ...], int]] = []
+        parts: Counter[str] = Counter()
+        for names, classes in self._by_groups(entries).items():
+            whole = _combinations(names)
+            each, rest = divmod(len(classes), whole.at(self._full))
+            if rest:
+                parts.update(self.owner[c][0] for c in classes)
+            else:
+                terms += [((), each * whole.const), *((product, each * n) for product, n in whole.terms)]
+        exact = DimForm(const=0, terms=tuple(terms)).fixed({})
+        counts = Counter(dict(exact.terms))
+        for name, count in parts.items():
+            counts[name,] += count // self._full[name]
+        return DimForm(const=exact.const, terms=tuple(sorted(counts.items())))
+
+    def _by_groups(self, entries: Entries) -> dict[tuple[str, ...], list[int]]:
+        """The classes of these entries, by the names of the groups whose channels they need."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for c in entries.tolist():
+            found.setdefault(self._needs.get(c, ()), []).append(c)
+        return found
+
+    @cached_property
+    def _needs(self) -> dict[int, tuple[str, ...]]:
+        """Names of the groups of which a class needs a channel, sorted; one as often as the class needs channels of it."""
+        needs = {c: (name,) for c, (name, _) in self.unit.items()}
+        return {
+            **needs,
+            **{c: tuple(sorted(self.unit[a][0] for a in set(atoms) if a in self.unit)) for c, atoms in self.atoms.items()},
+        }
+
+    @cached_property
+    def _full(self) -> dict[str, int]:
+        return {name: len(classes) for name, classes in self.units.items()}
 
     def forms(self) -> set[DimForm]:
         """Every distinct form of a dimension of the program that depends on the plan."""
@@ -158,15 +199,15 @@ class Program:
 
     def counts(self) -> set[DimForm]:
         """Forms of what counts parts of a dimension, as an exported operator is told it: heads, and groups of a convolution."""
-        found = {DimForm(const=0, terms=((g.name, 1),)) for g in self.groups}
+        found = {DimForm(const=0, terms=(((g.name,), 1),)) for g in self.groups}
         for node in self.module.graph.nodes:
             if node.target in (*CONVOLUTIONS, *TRANSPOSED) and conv_groups(node) > 1:
                 sides = (self.dims[name][1] for name in (operand(node, 0).name, node.name))
-                owners = {name for side in sides if side is not None for name, _ in self.form(side).terms}
-                for name in owners:
-                    each, rest = divmod(conv_groups(node), self.group(name).width)
+                products = {names for side in sides if side is not None for names, _ in self.form(side).terms}
+                for names in {part for product in products for n in range(len(product)) for part in combinations(product, n + 1)}:
+                    each, rest = divmod(conv_groups(node), math.prod(self._full[name] for name in names))
                     if not rest:
-                        found.add(DimForm(const=0, terms=((name, each),)))
+                        found.add(DimForm(const=0, terms=((names, each),)))
         return found
 
     def macs(self) -> int:
@@ -207,6 +248,17 @@ class _Outputs(Interpreter):
         if n.target in MIXERS and isinstance(value, torch.Tensor):
             self.found[n.name] = value
         return value
+
+
+def _combinations(names: tuple[str, ...]) -> DimForm:
+    """Ways to take a channel of each of these groups, never one channel twice."""
+    counts: Counter[tuple[str, ...]] = Counter({(): 1})
+    for i, name in enumerate(names):
+        taken = names[:i].count(name)
+        longer = Counter({(*before, name): n for before, n in counts.items()})
+        longer.update({before: -taken * n for before, n in counts.items()})
+        counts = longer
+    return DimForm(const=0, terms=tuple(counts.items())).fixed({})
 
 
 def _outer(y: torch.Tensor, changed: torch.Tensor, images: int, linear: bool) -> int:

@@ -112,7 +112,7 @@ class LatencyModel:
         return {name: self._far_edges(name, sorted(set(widths)), dense) for name, widths in candidates.items()}
 
     def _far_edges(self, name: str, widths: Sequence[int], dense: Mapping[str, int]) -> tuple[int, ...]:
-        sites = [site for site in self.sites if any(term == name for term, _ in (*site.c_in.terms, *site.c_out.terms))]
+        sites = [site for site in self.sites if name in site.c_in.groups + site.c_out.groups]
 
         def cost(width: int) -> float:
             at = {**dense, name: width}

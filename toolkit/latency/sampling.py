@@ -69,7 +69,7 @@ def anchor_widths(full: Mapping[str, int], sites: Sequence[Site]) -> dict[str, i
     """The widths of the network that all others are timed beside: about two thirds of the full ones, in sixteens where there are
     some; groups that no site's width depends on stay whole. The same for a program whatever its candidates.
     """
-    free = {name for site in sites for name, _ in (*site.c_in.terms, *site.c_out.terms)}
+    free = {name for site in sites for name in site.c_in.groups + site.c_out.groups}
     step = {name: 16 if width >= 48 else 4 if width >= 12 else 1 for name, width in full.items()}
     return {
         name: max(1, round(0.65 * width / step[name]) * step[name]) if name in free else width for name, width in full.items()

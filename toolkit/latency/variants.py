@@ -151,7 +151,7 @@ def ambiguous_forms(forms: Sequence[DimForm], widths_list: Sequence[Widths]) -> 
     """Pairs of distinct forms that these widths do not tell apart; a form that never varies is paired with its constant."""
     seen: dict[tuple[int, ...], DimForm] = {}
     pairs = []
-    for form in dict.fromkeys(map(_plain, forms)):
+    for form in dict.fromkeys(form.fixed({}) for form in forms):
         vector = _vector(form, widths_list)
         if len(set(vector)) == 1:
             if form.terms:
@@ -172,8 +172,8 @@ def choose_probe_widths(
     """
     rng = random.Random(seed)
     dense = {name: full for name, (_, full) in groups.items()}
-    fixed = {name for name, (least, full) in groups.items() if max(1, least) >= full}
-    forms = sorted({_folded(form, dense, fixed) for form in forms}, key=lambda form: (form.terms, form.const))
+    fixed = {name: full for name, (least, full) in groups.items() if max(1, least) >= full}
+    forms = sorted({form.fixed(fixed) for form in forms}, key=lambda form: (form.terms, form.const))
 
     def draw() -> dict[str, int]:
         return {name: rng.randint(max(1, least), full) for name, (least, full) in groups.items()}
@@ -185,17 +185,6 @@ def choose_probe_widths(
                 return [*chosen, draw()]
     message = "No probe widths tell all dimension forms of this program apart."
     raise TableError(message, "Keep some groups fixed with --keep, or report the model.")
-
-
-def _folded(form: DimForm, widths: Widths, fixed: set[str]) -> DimForm:
-    """The form with groups that cannot change moved into its constant."""
-    const = form.const + sum(elements * widths[name] for name, elements in form.terms if name in fixed)
-    return _plain(DimForm(const=const, terms=tuple(term for term in form.terms if term[0] not in fixed)))
-
-
-def _plain(form: DimForm) -> DimForm:
-    """The form without terms that count nothing."""
-    return DimForm(const=form.const, terms=tuple(sorted((name, elements) for name, elements in form.terms if elements)))
 
 
 def _vector(form: DimForm, widths_list: Sequence[Widths]) -> tuple[int, ...]:
@@ -241,7 +230,7 @@ Match = Callable[[Sequence[int], str], DimForm]
 
 def _matcher(widths_list: Sequence[Widths], forms: Sequence[DimForm]) -> Match:
     index: dict[tuple[int, ...], set[DimForm]] = {}
-    for form in map(_plain, forms):
+    for form in (form.fixed({}) for form in forms):
         index.setdefault(_vector(form, widths_list), set()).add(form)
 
     def match(values: Sequence[int], where: str) -> DimForm:
@@ -428,10 +417,8 @@ def _padding(
 
 
 def _difference(left: DimForm, right: DimForm) -> DimForm:
-    terms = dict(left.terms)
-    for name, elements in right.terms:
-        terms[name] = terms.get(name, 0) - elements
-    return _plain(DimForm(const=left.const - right.const, terms=tuple(terms.items())))
+    less = ((names, -elements) for names, elements in right.terms)
+    return DimForm(const=left.const - right.const, terms=(*left.terms, *less)).fixed({})
 
 
 def _attributes(models: Sequence[Any], match: Match) -> dict[tuple[int, str], tuple[DimForm, ...]]:

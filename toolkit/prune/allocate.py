@@ -5,12 +5,13 @@ With z_ga = 1 where group g takes its width a, the program is
     minimise    sum_g sum_a loss_g(a) z_ga
     subject to  sum_a z_ga = 1 for each g,    overhead + sum_s cost_s(c_in, c_out) <= budget
 
-Costs are joint in the widths on both sides of a place. Those of one group are linear in z. Those of two take one variable
-per combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. A side that is a sum of groups (a
-stream that grows, a concatenation) first gets a selector per total, which then takes the part of z. Only where the totals
-are too many for that, the cost is taken as affine in the sum c for each value k of the other side: alpha_k [k] + beta_k y_k
-with y_k = c [k], sum_k y_k = c; between two such sums as a plane where that is close, as for copies. A limit on memory is a
-row of the same kind for every moment of an inference: what the weights and the tensors alive then take is at most the limit.
+Costs are joint in the widths on both sides of a place. Those of one group are linear in z. Those of two take one variable per
+combination, y_ab >= 0 with sum_b y_ab = z_a and sum_a y_ab = z_b, which is exact. A side of several groups, a sum (a stream
+that grows, a concatenation) or a product (heads x head size), first gets a selector per total, which then takes the part of z.
+Only where the totals are too many for that, the cost is taken as affine in the sum c for each value k of the other side:
+alpha_k [k] + beta_k y_k with y_k = c [k], sum_k y_k = c; between two such sums as a plane where that is close, as for copies. A
+limit on memory is a row of the same kind for every moment of an inference: what the weights and the tensors alive then take is
+at most the limit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -237,6 +239,11 @@ class _Program:
                 together = {column: weights.get(column, 0.0) + moment.get(column, 0.0) for column in {**weights, **moment}}
                 self.rows.append(self._at_most(together, self.memory.limit_bytes, fixed + constant))
 
+    @cached_property
+    def fixed(self) -> dict[str, int]:
+        """Widths of the groups that have no choice."""
+        return {name: widths[0] for name, widths in self.choices.items() if len(widths) == 1}
+
     @property
     def latency(self) -> NDArray[np.float64]:
         vector = np.zeros(len(self.integral))
@@ -289,8 +296,7 @@ class _Program:
 
     def _widths(self, involved: Sequence[str], combination: Sequence[int]) -> dict[str, int]:
         """Widths of these groups, and of those that have no choice."""
-        fixed = {name: widths[0] for name, widths in self.choices.items() if len(widths) == 1}
-        return fixed | dict(zip(involved, combination, strict=True))
+        return self.fixed | dict(zip(involved, combination, strict=True))
 
     def _add_joint(self, involved: tuple[str, ...], priced: Sequence[Priced]) -> None:
         """Exact costs: a variable for every combination of the groups' widths, tied to the one-hots by its marginals."""
@@ -369,7 +375,9 @@ class _Program:
     def _selectors(self, form: DimForm) -> dict[int, Column]:
         """A column for each value of the form, 1 where it has that value; the group's own one-hots where it is one group."""
         if form not in self.totals:
-            self.totals[form] = self._single(form) if len(self._varying(form)) <= 1 else self._sum(form)
+            varying, values = self._varying(form), self._values(form)
+            apart = len(values) == math.prod(len(self.choices[name]) for name in varying)  # w * w - w is not at 0 and 1
+            self.totals[form] = self._single(form) if len(varying) <= 1 and apart else self._sum(form)
         return self.totals[form]
 
     def _single(self, form: DimForm) -> dict[int, Column]:
@@ -383,17 +391,22 @@ class _Program:
         return dict(zip(values, self.one_hot[name], strict=True))
 
     def _sum(self, form: DimForm) -> dict[int, Column]:
-        """Selectors of a sum of groups, through every combination of widths where those are few: a tighter relaxation."""
-        values = self._values(form)
+        """Selectors of a sum of groups, through every combination of widths where those are few: a tighter relaxation.
+
+        A single product always goes through its combinations: it is linear in nothing else.
+        """
+        values, varying, free = self._values(form), self._varying(form), form.fixed(self.fixed)
+        few = math.prod(len(self.choices[name]) for name in varying) <= MAX_COMBINATIONS
+        products = any(len(names) > 1 for names, _ in free.terms)
+        joint = len(free.terms) == 1 or (few and (products or len(values) <= MAX_TOTALS))
         thin = (
             values
-            if len(values) <= MAX_TOTALS
+            if joint or len(values) <= MAX_TOTALS
             else sorted({values[round(i)] for i in np.linspace(0, len(values) - 1, MAX_TOTALS)})
         )
         columns = {value: self._column(integral=True) for value in thin}
         self.rows.append((dict.fromkeys(columns.values(), 1.0), 1.0, 1.0))
-        varying = self._varying(form)
-        if len(thin) == len(values) and math.prod(len(self.choices[name]) for name in varying) <= MAX_COMBINATIONS:
+        if joint:
             marginals: dict[Column, Expression] = {}
             for combination in itertools.product(*(range(len(self.choices[name])) for name in varying)):
                 widths = [self.choices[name][index] for name, index in zip(varying, combination, strict=True)]
@@ -410,23 +423,35 @@ class _Program:
             self.rows.append(({**chosen, **{column: -value for column, value in terms.items()}}, const, const + slack))
         return columns
 
-    def _varying(self, form: DimForm) -> list[str]:
-        return sorted(name for name, elements in form.terms if elements and len(self.choices[name]) > 1)
+    def _varying(self, form: DimForm) -> tuple[str, ...]:
+        return form.fixed(self.fixed).groups
 
     def _values(self, form: DimForm) -> list[int]:
-        """Every value the form can take."""
-        values = {form.const}
-        for name, elements in form.terms:
-            values = {value + elements * width for value in values for width in self.choices[name]}
-        return sorted(values)
+        """Every value the form can take. Term by term, with the widths so far of groups that further terms hold too."""
+        free = form.fixed(self.fixed)
+        reached: dict[tuple[tuple[str, int], ...], set[int]] = {(): {free.const}}
+        for index, (names, elements) in enumerate(free.terms):
+            needed = {name for later, _ in free.terms[index + 1 :] for name in later}
+            step: dict[tuple[tuple[str, int], ...], set[int]] = {}
+            for known, values in reached.items():
+                new = sorted(set(names) - dict(known).keys())
+                for choice in itertools.product(*(self.choices[name] for name in new)):
+                    widths = {**dict(known), **dict(zip(new, choice, strict=True))}
+                    added = elements * math.prod(widths[name] for name in names)
+                    rest = tuple(sorted(item for item in widths.items() if item[0] in needed))
+                    step.setdefault(rest, set()).update(value + added for value in values)
+            reached = step
+        return sorted(set().union(*reached.values()))
 
     def _expression(self, form: DimForm) -> tuple[Expression, float]:
-        """The form as a linear expression in the one-hots: (terms, constant)."""
+        """The form as a linear expression in the one-hots, and in the selectors of its products: (terms, constant)."""
+        free = form.fixed(self.fixed)
         terms: Expression = {}
-        for name, elements in form.terms:
-            for width, column in zip(self.choices[name], self.one_hot[name], strict=True):
-                terms[column] = terms.get(column, 0.0) + float(elements * width)
-        return terms, float(form.const)
+        for names, elements in free.terms:
+            one = DimForm(const=0, terms=((names, 1),))
+            for value, column in (self._selectors(one) if len(one.groups) > 1 else self._single(one)).items():
+                terms[column] = terms.get(column, 0.0) + float(elements * value)
+        return terms, float(free.const)
 
     def _range(self, form: DimForm) -> tuple[int, int]:
         values = self._values(form)

@@ -279,13 +279,13 @@ def held_groups(program: Program) -> dict[str, str]:
         if form.terms and form.at(full) != len(entries):
             held |= {
                 name: "a split deals its channels out; what is left of each part depends on which of them stay"
-                for name, _ in form.terms
+                for name in form.groups
             }
     permuted = {program.form(e) for n, (_, axis, _) in program.shuffles.items() if (e := program.dims[n][axis]) is not None}
     sizes = attentions(program)
     for group in program.prunable:
         if group.name not in sizes and (reason := unscored(program, group)):
             held.setdefault(group.name, reason)
-        if any(group.name == name for form in permuted for name, _ in form.terms):
+        if any(group.name in form.groups for form in permuted):
             held.setdefault(group.name, "its channels are reordered on the way; latency variants do not follow that yet")
     return held

@@ -509,7 +509,7 @@ def prunable_latency_share(job: loop.Job) -> float:
     for site in job.model.sites:
         cost = job.model.site_cost(site, site.c_in.at(dense), site.c_out.at(dense))
         whole += cost
-        free += cost if any(name in varying for name, _ in (*site.c_in.terms, *site.c_out.terms)) else 0.0
+        free += cost if varying.intersection(site.c_in.groups + site.c_out.groups) else 0.0
     return free / whole
 
 

@@ -27,7 +27,7 @@ from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.attention import attentions
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
-from toolkit.schema import DimForm, Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
+from toolkit.schema import Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
@@ -328,8 +328,9 @@ def variant_maker(
 ) -> VariantMaker:
     """The maker of this program's width variants, solved from real exports and checked against one more."""
     free = {g.name: (1 if g.name in candidates else g.width, g.width) for g in program.groups}
-    forms = [folded(f, free) for f in program.forms() | program.counts()]
-    forms = sorted({f for f in forms if f.terms}, key=lambda f: (f.terms, f.const))
+    fixed = {name: full for name, (least, full) in free.items() if least >= full}
+    folded = {form.fixed(fixed) for form in program.forms() | program.counts()}
+    forms = sorted((form for form in folded if form.terms), key=lambda form: (form.terms, form.const))
     dense_widths = {g.name: g.width for g in program.groups}
     probes = choose_probe_widths(free, forms, seed)
     exports = [(dense_widths, to_onnx(program, batch))]
@@ -337,13 +338,6 @@ def variant_maker(
         progress("width variants", i + 1, len(probes) + 2)
         exports.append((widths, to_onnx(floor_state(program, widths).program, batch)))
     return solve(exports[:-1], forms, exports[-1])
-
-
-def folded(form: DimForm, free: Mapping[str, tuple[int, int]]) -> DimForm:
-    """The form with groups that keep their width moved into its constant."""
-    fixed = {name for name, (least, full) in free.items() if least >= full}
-    const = form.const + sum(k * free[name][1] for name, k in form.terms if name in fixed)
-    return DimForm(const=const, terms=tuple(t for t in form.terms if t[0] not in fixed))
 
 
 def dropped_networks(
