@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,7 +18,7 @@ from toolkit.graph.program import Program, analyse
 from toolkit.graph.rules import aten
 from toolkit.graph.rules.core import argument, operators
 from toolkit.graph.rules.indexing import INDEXINGS, PADS, ROLLS, SCATTERS, SELECTIONS, SLICES, indexed_axes, rolled, slice_bounds
-from toolkit.graph.rules.mixing import ATTENTION, CONVOLUTIONS, TRANSPOSED, conv_groups
+from toolkit.graph.rules.mixing import CONVOLUTIONS, TRANSPOSED, conv_groups
 from toolkit.graph.rules.reducing import GROUP_NORMS, LAYER_NORMS
 from toolkit.graph.rules.reshaping import (
     CREATIONS,
@@ -265,14 +264,6 @@ def rewrite_group_norm(cut: Cut, node: Node) -> None:
 def rewrite_layer_norm(cut: Cut, node: Node) -> None:
     sizes = list(argument(node, 1))
     put(node, 1, "normalized_shape", cut.sizes(sizes, cut.dims(argument(node, 0))[-len(sizes) :]))
-
-
-@rewriter(*ATTENTION)
-def rewrite_scale(cut: Cut, node: Node) -> None:
-    """The default scale is that of the head size; it must stay what it was."""
-    query = argument(node, 0)
-    if cut.left(cut.dims(query)[-1]) is not None and node.kwargs.get("scale") is None and len(node.args) < 7:
-        node.update_kwarg("scale", 1 / math.sqrt(cut.shape(query)[-1]))
 
 
 @rewriter(*VIEWS)

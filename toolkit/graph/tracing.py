@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -78,9 +79,18 @@ def capture(model: torch.nn.Module, example: torch.Tensor) -> tuple[GraphModule,
                 "Branches on tensor values are the usual cause: run the same command with EDGEKIT_DEBUG=1 to see the line.",
             ) from error
     fold(module)
+    tell_scales(module)
     if split_fused(module):
         tidy(module)
     return module, wide[:batch] if batch else wide, batch
+
+
+def tell_scales(module: GraphModule) -> None:
+    """Write down attention's default scale, that of the head size: it stays what it was when the size is cut."""
+    for node in module.graph.nodes:
+        if node.target in mixing.ATTENTION and node.kwargs.get("scale") is None and len(node.args) < 7:
+            node.update_kwarg("scale", 1 / math.sqrt(node.args[0].meta["val"].shape[-1]))
+    module.recompile()
 
 
 def generalise(module: GraphModule, other: GraphModule) -> None:
