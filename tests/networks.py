@@ -125,3 +125,28 @@ def model():
     torch.manual_seed(0)
     return Net()
 """
+
+
+ATTENTIVE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 32, 4, stride=4), nn.Linear(32, 10)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(32), nn.Linear(32, 144), nn.Linear(48, 32)
+        self.last, self.fc1, self.fc2 = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 2, 24).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 48))
+        return self.head((x + self.fc2(F.gelu(self.fc1(self.last(x))))).mean(1))
+
+def model():
+    torch.manual_seed(1)
+    return Attentive()
+"""

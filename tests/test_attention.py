@@ -14,8 +14,10 @@ from torch import nn
 
 from toolkit.graph import apply, example_input, prove, trace
 from toolkit.graph.program import operand
+from toolkit.prune import attention
 from toolkit.prune.attention import Attention, Directions, attentions, balanced, directions, narrowed, rotated
 from toolkit.prune.engine import Engine, distortion
+from toolkit.prune.positions import relative
 from toolkit.prune.pruner import State, cut, held_groups, score
 from toolkit.prune.repair import outputs, with_parameters
 
@@ -128,6 +130,31 @@ def test_keys_alike_at_all_tokens_cost_nothing() -> None:
     each = only(program)
     one = engine.with_params(narrowed(engine.params, each, along(engine, each, x), 1))
     assert distortion(outputs(one, x), outputs(engine, x)) < 1e-9
+
+
+def test_queries_that_nobody_reads_get_no_directions(monkeypatch) -> None:
+    """Only the first token is read, whose query has one direction; counted alike, the others' queries would take the most."""
+
+    class First(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, t, _ = x.shape
+            q, k, v = (layer(x).view(n, t, 6, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.head(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, t, 24)[:, 0])
+
+    torch.manual_seed(0)
+    model = First()
+    with torch.no_grad():
+        model.q.weight.mul_(4.0)
+        model.q.bias.zero_()
+    program = trace(model, torch.randn(1, 7, 8))
+    engine, x = in_double(program), images(program, 32).double()
+    x[:, 0, 1:] = 0.0
+    each, lost = only(program), []
+    for counts in (relative, torch.ones_like):
+        monkeypatch.setattr(attention, "relative", counts)
+        one = engine.with_params(narrowed(engine.params, each, along(engine, each, x), 1))
+        lost.append(distortion(outputs(one, x), outputs(engine, x)))
+    assert lost[0] < 0.1 * lost[1]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from toolkit.run import loop, prepare
 from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
 from toolkit.run.prepare import allocatable, variant_maker
+from toolkit.run.reapply import prune
 from toolkit.schema import DimForm, Plan, Preprocess, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
@@ -236,8 +237,14 @@ def test_a_networks_variants_are_those_of_its_exports(pattern) -> None:
     variant_maker(program, free, 1, quiet)  # holds its variant against one more export, and would raise
 
 
+ATTENTIONS = (
+    patterns.FusedAttention, patterns.ChunkedAttention, patterns.SeparateAttention, patterns.MultiheadFirst,
+    patterns.MultiheadSecond,
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [patterns.ChunkedAttention, patterns.SeparateAttention, patterns.MultiheadSecond])
+@pytest.mark.parametrize("pattern", ATTENTIONS)
 def test_variants_follow_heads_and_their_sizes_together(pattern) -> None:
     program = trace(pattern(), example_input(patterns.SHAPES[pattern]))
     maker = variant_maker(program, {g.name: (1, g.width) for g in program.prunable}, 1, quiet)
@@ -258,6 +265,30 @@ def test_channels_side_by_side_are_allocated_and_the_table_knows_what_they_cost(
     assert {name for name, _ in report.unprunable} == {"head", "one"}
     cut = {group.name for group in report.groups if group.width_after < group.width_before}
     assert {"two", "inner"} <= cut and cut.intersection(["grow1", "grow2"])
+
+
+@pytest.mark.slow
+def test_heads_get_smaller_where_channels_are_allocated_and_no_smaller_where_channels_are_scored(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "net.py").write_text(networks.ATTENTIVE)
+    wanted = msgspec.structs.replace(
+        request(tmp_path / "out", "0.8x"), model=f"{tmp_path / 'net.py'}:model", profile="simulated-cpu", rounds=2,
+        preprocess=Preprocess(input=(1, 1, 32, 32), mean=(0.31,), std=(0.35,)),
+    )  # fmt: skip
+    report = job.run(wanted, quiet)
+    assert report.verdict == "met" and abs(report.predicted_ns / report.measured_ns - 1) < 0.03
+    (size,) = (group for group in load_json(Plan, tmp_path / "out" / "plan.json").groups if group.name == "qkv:head_dim")
+    assert size.width_after < size.width_before == 24
+    assert size.kept == tuple(range(size.width_after))
+    failed = [line.split()[1] for line in verify(tmp_path / "out")[1].splitlines() if line.startswith("FAIL")]
+    assert set(failed) <= {"timing", "budget"}  # what this machine takes is not what the simulated one does
+    again = prune(
+        wanted.model, tmp_path / "out" / "plan.json", tmp_path / "again", quiet,
+        data=wanted.data, preprocess=wanted.preprocess, profile="simulated-cpu",
+    )  # fmt: skip
+    assert again.widths["qkv:head_dim"] == size.width_after
+    scored = job.run(msgspec.structs.replace(wanted, method="cswap", out=str(tmp_path / "scored"), rounds=1), quiet)
+    assert dict(scored.unprunable)["qkv:head_dim"].startswith("its channels are directions")
 
 
 @pytest.mark.slow

@@ -168,7 +168,8 @@ def choose_probe_widths(
 ) -> list[dict[str, int]]:
     """Random widths for the probes, and one more for the check: with the dense widths they tell every two forms apart.
 
-    `groups` maps a name to (least width, full width). Takes more probes where `probes` cannot be enough.
+    `groups` maps a name to (least width, full width). Takes more probes where `probes` cannot be enough. A single channel is not
+    drawn where there is a choice: of a dimension of 1 exporters leave out what moves it.
     """
     rng = random.Random(seed)
     dense = {name: full for name, (_, full) in groups.items()}
@@ -176,7 +177,7 @@ def choose_probe_widths(
     forms = sorted({form.fixed(fixed) for form in forms}, key=lambda form: (form.terms, form.const))
 
     def draw() -> dict[str, int]:
-        return {name: rng.randint(max(1, least), full) for name, (least, full) in groups.items()}
+        return {name: rng.randint(max(2 if full > 2 else 1, least), full) for name, (least, full) in groups.items()}
 
     for count in range(probes, probes + 4):
         for _ in range(DRAWS):

@@ -7,7 +7,9 @@ over the tokens of one softmax, which does not see it, and A B = U S V^T,
     P = S^1/2 U^T A^-1,    Q = S^1/2 V^T B^-1,
 
 the first r rows of both lose sum_{i>r} S_i^2 of E|q . (k - m)|^2, where q and k are independent, and no other r rows lose less
-(Eckart and Young 1936). Values are left as they are: nothing absorbs what they lose so well.
+(Eckart and Young 1936). Tokens count in both by how far the network's outputs move with their query or key, as in `positions`:
+of a last block whose class token alone is read, one query counts. Values are left as they are: nothing absorbs what they lose
+so well.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from toolkit.graph.rules.core import operators
 from toolkit.graph.rules.mixing import ATTENTION, PRODUCTS
 from toolkit.graph.rules.reshaping import COPIES, EXPANSIONS, PERMUTES, SPLITS, VIEWS
 from toolkit.prune.consumers import Consumer, consumer, matrix
-from toolkit.prune.engine import Engine, Values
+from toolkit.prune.engine import Engine, Values, joined
+from toolkit.prune.positions import IMAGES as POSITION_IMAGES
+from toolkit.prune.positions import relative
 from toolkit.schema import ChannelGroup
 
 IMAGES = 64  # that second moments are taken of
@@ -169,30 +173,53 @@ def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
 def directions(engine: Engine, found: Iterable[Attention], images: torch.Tensor) -> dict[str, Directions]:
     """By channel group, from second moments over at most IMAGES images; without any, as if inputs were white noise."""
     found = list(found)
+    sides = {side.operand: side for each in found for side in (each.queries, each.keys)}
     step = len(engine.program.example)  # heads are known by their place at this number of images
-    places = {each.operand for attention in found for each in (attention.queries, attention.keys)}
-    totals: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    with torch.no_grad():
-        for i in range(0, min(len(images), IMAGES) - step + 1, step) if found else ():
-            kept = engine.run(images[i : i + step], keep=places)[1]
-            for each in found:
-                keys = each.keys.vectors(kept[each.keys.operand])
-                now = (
-                    moment(each.queries, each.queries.vectors(kept[each.queries.operand])),
-                    moment(each.keys, keys - keys.mean(1, keepdim=True)),
-                )
-                before = totals.get(each.group)
-                totals[each.group] = (before[0] + now[0], before[1] + now[1]) if before else now
-    return {
-        each.group: balanced(*(totals.get(each.group) or (white(engine, each.queries), white(engine, each.keys))))
-        for each in found
-    }
+    pieces = [images[i : i + step] for i in range(0, min(len(images), IMAGES) - step + 1, step)] if found else []
+    counts = token_importance(engine, sides, pieces[: POSITION_IMAGES // step])
+    totals = {name: white(engine, side) for name, side in sides.items()} if not pieces else {}
+    for piece in pieces:
+        with torch.no_grad():
+            kept = engine.run(piece, keep=sides)[1]
+        for each in found:
+            for side in (each.queries, each.keys):
+                now = moment(side, side.vectors(kept[side.operand]), counts[side.operand], centred=side is each.keys)
+                totals[side.operand] = totals[side.operand] + now if side.operand in totals else now
+    return {each.group: balanced(totals[each.queries.operand], totals[each.keys.operand]) for each in found}
 
 
-def moment(side: Side, vectors: torch.Tensor) -> torch.Tensor:
-    """Sum of x x^T [heads, size, size] in float64 over vectors [leading, tokens, size]."""
-    each = (vectors.mT @ vectors).double()
-    return torch.zeros(len(side.rows), *each.shape[1:], dtype=torch.float64).index_add_(0, torch.from_numpy(side.heads), each)
+def token_importance(engine: Engine, sides: Mapping[str, Side], pieces: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By operand, what an error in a token's query or key counts [heads, tokens]: as `positions` has it of outputs' positions."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        with torch.enable_grad():
+            out, kept = engine.run(piece.detach().requires_grad_(), keep=sides)
+            logits = joined(out)
+            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
+            reached = {name: value for name, value in kept.items() if value.requires_grad}
+            grads = torch.autograd.grad((logits * signs).sum(), list(reached.values()), allow_unused=True) if reached else ()
+        moved = dict(zip(reached, grads, strict=True))
+        for name, value in kept.items():
+            grad = moved.get(name)
+            power = sides[name].vectors(torch.zeros_like(value) if grad is None else grad.square()).sum(-1).double()
+            heads = torch.zeros(len(sides[name].rows), power.shape[1], dtype=torch.float64)
+            heads.index_add_(0, torch.from_numpy(sides[name].heads), power)
+            found[name] = found[name] + heads if name in found else heads
+    return {name: torch.stack([relative(head) for head in heads]) for name, heads in found.items()}
+
+
+def moment(side: Side, vectors: torch.Tensor, counts: torch.Tensor, *, centred: bool) -> torch.Tensor:
+    """Sum of w x x^T [heads, size, size] in float64 over vectors [leading, tokens, size], tokens counted by w [heads, tokens];
+    `centred`: x less the mean over its tokens.
+    """
+    weight = counts[torch.from_numpy(side.heads), :, None]
+    x = vectors.double()
+    x = x - (weight * x).sum(1, keepdim=True) / weight.sum(1, keepdim=True) if centred else x
+    size = vectors.shape[-1]
+    return torch.zeros(len(side.rows), size, size, dtype=torch.float64).index_add_(
+        0, torch.from_numpy(side.heads), x.mT @ (weight * x)
+    )
 
 
 def white(engine: Engine, side: Side) -> torch.Tensor:
