@@ -80,6 +80,7 @@ def test_the_first_directions_sliced_are_the_network_narrowed(pattern) -> None:
     program = trace(Deranged(), torch.randn(1, 7, 8)) if pattern is Deranged else traced(pattern)
     engine, x = in_double(program), images(program, 6).double()
     each = only(program)
+    assert each.relative
     found = along(engine, each, x)
     whole = with_parameters(program, rotated(engine.params, each, found))
     for width in range(1, program.group(each.group).width):
@@ -130,6 +131,42 @@ def test_keys_alike_at_all_tokens_cost_nothing() -> None:
     each = only(program)
     one = engine.with_params(narrowed(engine.params, each, along(engine, each, x), 1))
     assert distortion(outputs(one, x), outputs(engine, x)) < 1e-9
+
+
+@pytest.mark.parametrize("first", ["queries", "keys"])
+def test_keys_are_what_the_softmax_chooses_among(first) -> None:
+    class Ordered(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, t, _ = x.shape
+            q, k, v = (layer(x).view(n, t, 6, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            weights = (q @ k.mT).softmax(-1) if first == "queries" else (k @ q.mT * 0.5).softmax(2).mT
+            return self.head((weights @ v).transpose(1, 2).reshape(n, t, 24).mean(1))
+
+    each = only(trace(Ordered(), torch.randn(1, 7, 8)))
+    assert each.relative
+    assert (each.queries.maker.weight, each.keys.maker.weight) == ("q.weight", "k.weight")
+    assert (each.queries.turned, each.keys.turned) == ((False, True) if first == "queries" else (True, False))
+
+
+def test_without_a_softmax_what_keys_have_in_common_counts() -> None:
+    class Linear(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, t, _ = x.shape
+            q, k, v = (layer(x).view(n, t, 6, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.head(((q @ k.mT / t).relu() @ v).transpose(1, 2).reshape(n, t, 24).mean(1))
+
+    model = Linear()
+    with torch.no_grad():
+        model.k.weight.view(6, 4, 8)[:, 1:] = 0.0
+        model.k.bias.view(6, 4)[:, 0] = 0.0
+        model.k.bias.view(6, 4)[:, 1] = 30.0  # one direction in common, another that tells the tokens apart
+        model.k.bias.view(6, 4)[:, 2:] = 0.0
+    program = trace(model, torch.randn(1, 7, 8))
+    engine, x = in_double(program), images(program, 6).double()
+    each = only(program)
+    two, one = (engine.with_params(narrowed(engine.params, each, along(engine, each, x), width)) for width in (2, 1))
+    assert not each.relative
+    assert distortion(outputs(two, x), outputs(engine, x)) < 1e-9 < distortion(outputs(one, x), outputs(engine, x)) < 0.1
 
 
 def test_queries_that_nobody_reads_get_no_directions(monkeypatch) -> None:

@@ -28,6 +28,7 @@ from toolkit.graph.program import operand
 from toolkit.graph.rules import argument, aten
 from toolkit.graph.rules.core import operators
 from toolkit.graph.rules.mixing import ATTENTION, PRODUCTS
+from toolkit.graph.rules.reducing import SOFTMAXES
 from toolkit.graph.rules.reshaping import COPIES, EXPANSIONS, PERMUTES, SPLITS, VIEWS
 from toolkit.prune.consumers import Consumer, consumer, matrix
 from toolkit.prune.engine import Engine, Values, joined
@@ -66,11 +67,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Attention:
-    """Where queries meet keys: the channel group of their size, and both sides; head i of one meets head i of the other."""
+    """Where queries meet keys: the channel group of their size, and both sides; head i of one meets head i of the other.
+
+    Of `relative` logits only differences within a row matter, as to a softmax.
+    """
 
     group: str
     queries: Side
     keys: Side
+    relative: bool
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,31 @@ def attention(program: Program, group: ChannelGroup) -> Attention | None:
     if node.target not in (*ATTENTION, *PRODUCTS):
         return None
     first = 1 if node.target in operators("addmm", "baddbmm") else 0
-    queries = side(program, operand(node, first), units, turned=False)
-    keys = side(program, operand(node, first + 1), units, turned=node.target not in ATTENTION)
-    if queries is None or keys is None or {queries.maker.node, keys.maker.node} != set(group.producers):
+    left = side(program, operand(node, first), units, turned=False)
+    right = side(program, operand(node, first + 1), units, turned=node.target not in ATTENTION)
+    if left is None or right is None or {left.maker.node, right.maker.node} != set(group.producers):
         return None
-    return paired(program, group.name, queries, keys)
+    keys = softened(program, node)
+    pair = paired(program, *((right, left) if keys == 0 else (left, right)))
+    return pair and Attention(group.name, *pair, relative=keys is not None)
+
+
+def softened(program: Program, node: Node) -> int | None:
+    """Over which operand's tokens the softmax behind a product goes, which are the keys'; None where there is none."""
+    if node.target in ATTENTION:
+        return 1
+    shape = program.shapes[node.name]
+    tokens = [torch.arange(shape[-2])[:, None].expand(shape), torch.arange(shape[-1]).expand(shape)]
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target in SOFTMAXES:
+            axis = argument(node, 1, "dim")
+            varies = [bool((index != index.narrow(axis, 0, 1)).any()) for index in tokens]
+            return varies.index(True) if sum(varies) == 1 else None
+        tokens = [moved(program, node, index) for index in tokens]
+        if tokens[0].shape != program.shapes.get(node.name):
+            return None
+    return None
 
 
 def side(program: Program, node: Node, units: Entries, *, turned: bool) -> Side | None:
@@ -121,7 +146,7 @@ def side(program: Program, node: Node, units: Entries, *, turned: bool) -> Side 
     return Side(node.name, maker, rows, heads.reshape(-1), turned)
 
 
-def paired(program: Program, group: str, queries: Side, keys: Side) -> Attention | None:
+def paired(program: Program, queries: Side, keys: Side) -> tuple[Side, Side] | None:
     """Both sides with their heads in one order; None where a head of one side meets several of the other."""
     shapes = [program.shapes[each.operand][:-2] for each in (queries, keys)]
     whole = np.broadcast_shapes(*shapes)
@@ -132,7 +157,7 @@ def paired(program: Program, group: str, queries: Side, keys: Side) -> Attention
     if not len(pairs) == len(queries.rows) == len(keys.rows) == len(np.unique(pairs[:, 1])):
         return None
     order = pairs[:, 1]  # of the keys' heads, in the queries' order
-    return Attention(group, queries, Side(keys.operand, keys.maker, keys.rows[order], np.argsort(order)[keys.heads], keys.turned))
+    return queries, Side(keys.operand, keys.maker, keys.rows[order], np.argsort(order)[keys.heads], keys.turned)
 
 
 def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
@@ -155,16 +180,16 @@ def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
     if node.target not in (*VIEWS, *EXPANSIONS, *MOVES, *COPIES, *SCALED):
         return None
     found = rows_of(program, source)
-    if found is None:
-        return None
-    made, index = found
+    return found and (found[0], moved(program, node, found[1]))
+
+
+def moved(program: Program, node: Node, index: torch.Tensor) -> torch.Tensor:
+    """What stands for every entry of an operator's input, carried to its output; as it is where entries do not move."""
     if node.target in VIEWS:
-        index = index.reshape(shape)
-    elif node.target in EXPANSIONS:
-        index = index.expand(shape)
-    elif node.target in MOVES:
-        index = node.target(index, *node.args[1:])  # type: ignore[operator]
-    return made, index
+        return index.reshape(program.shapes[node.name])
+    if node.target in EXPANSIONS:
+        return index.expand(program.shapes[node.name])
+    return node.target(index, *node.args[1:]) if node.target in MOVES else index  # type: ignore[operator]
 
 
 # --- what their directions are ------------------------------------------------------------------------------------------
@@ -183,7 +208,9 @@ def directions(engine: Engine, found: Iterable[Attention], images: torch.Tensor)
             kept = engine.run(piece, keep=sides)[1]
         for each in found:
             for side in (each.queries, each.keys):
-                now = moment(side, side.vectors(kept[side.operand]), counts[side.operand], centred=side is each.keys)
+                now = moment(
+                    side, side.vectors(kept[side.operand]), counts[side.operand], centred=side is each.keys and each.relative
+                )
                 totals[side.operand] = totals[side.operand] + now if side.operand in totals else now
     return {each.group: balanced(totals[each.queries.operand], totals[each.keys.operand]) for each in found}
 
@@ -239,7 +266,7 @@ def balanced(queries: torch.Tensor, keys: torch.Tensor) -> Directions:
 def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The symmetric square root of a second moment, and its inverse."""
     values, vectors = torch.linalg.eigh(moment)
-    root = values.clamp_min(FLOOR * values[..., -1:].clamp_min(1e-30)).sqrt()[..., None, :]
+    root = values.clamp_min(FLOOR * values[..., -1:].clamp_min(1e-12)).sqrt()[..., None, :]
     return vectors * root @ vectors.mT, vectors / root @ vectors.mT
 
 
