@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import patterns
 import pytest
@@ -15,11 +17,11 @@ from torch import nn
 from toolkit.graph import apply, example_input, prove, trace
 from toolkit.graph.program import operand
 from toolkit.prune import attention
-from toolkit.prune.attention import Attention, Directions, attentions, balanced, directions, narrowed, rotated
+from toolkit.prune.attention import Attention, Directions, aimed, attentions, balanced, directions, narrowed, rotated
 from toolkit.prune.engine import Engine, distortion
 from toolkit.prune.positions import relative
 from toolkit.prune.pruner import State, cut, held_groups, score
-from toolkit.prune.repair import outputs, with_parameters
+from toolkit.prune.repair import outputs, surviving, with_parameters
 
 PLAIN = [
     attentive.FusedAttention, attentive.ChunkedAttention, attentive.SeparateAttention, attentive.MultiheadFirst,
@@ -222,21 +224,48 @@ def test_a_response_is_that_of_the_cut(scored) -> None:
     assert responses[2] == pytest.approx(distortion(other, outputs(engine, sample)), rel=1e-5)
 
 
-def test_sizes_are_cut_in_rounds_and_repaired_but_for_the_directions(scored) -> None:
+def made(program, each: Attention, x: np.ndarray) -> list[torch.Tensor]:
+    """Rows [n, O] of what makes queries and of what makes keys."""
+    places = {side.maker.node for side in (each.queries, each.keys)}
+    kept = Engine.of(program).run(torch.from_numpy(x), keep=places)[1]
+    return [kept[side.maker.node].flatten(0, -2) for side in (each.queries, each.keys)]
+
+
+@pytest.mark.parametrize("model", [attentive.FusedAttention, attentive.SeparateAttention, Deranged])
+def test_what_the_dense_network_has_in_the_places_of_directions(model) -> None:
+    """Of cuts that change no input of queries and keys, it is what the pruned network has there: in rounds, heads cut between."""
+    torch.manual_seed(0)
+    program = trace(model(), example_input(patterns.SHAPES.get(model, (2, 7, 8))))
+    each, x = only(program), images(program, 32).numpy()
+    (heads,) = (g for g in program.prunable if g.kind == "heads") if model is not Deranged else (None,)
+    state = State(program)
+    for kept in ({each.group: [0, 1, 2]}, {heads.name: [0, 2]} if heads else {}, {each.group: [0, 2]}):
+        state = cut(program, state, kept, x, repair_=False, seed=0, progress=lambda *_: None).state
+        engine = attentions(state.program)[each.group]
+        for side, dense, pruned in zip(
+            (each.queries, each.keys), made(program, each, x), made(state.program, engine, x), strict=True
+        ):
+            target, lost = aimed([each], side.maker.node, dense, state.alive, state.directions)
+            keep = surviving(program, operand(program.nodes[side.maker.node], 1).name, 0, state.alive)
+            assert torch.allclose(target[:, keep], pruned, atol=1e-4) and not len(lost)
+            unknown, lost = aimed([each], side.maker.node, dense, state.alive, {})
+            assert torch.equal(unknown, dense) and set(side.rows[:, list(state.alive[each.group])].flat) <= set(lost)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_queries_and_keys_are_repaired_where_their_directions_are_known(scored, known) -> None:
     program, x, each, _ = scored
-    kept = {each.group: range(3), "stem": range(10)}  # what queries, keys and values are made of changes
-    plain, first = (
-        cut(program, State(program), kept, x, repair_=repair, seed=0, progress=lambda *_: None) for repair in (False, True)
-    )
-    again = cut(program, first.state, {each.group: range(2)}, x, repair_=True, seed=0, progress=lambda *_: None)
-    assert max(plain.proof, first.proof, again.proof) <= 1e-9
-    assert again.state.alive == {each.group: (0, 1), "stem": tuple(range(10))}
-    assert first.repaired is not None and first.repaired.kept
+    first = cut(program, State(program), {each.group: range(3)}, x, repair_=False, seed=0, progress=lambda *_: None).state
+    first = first if known else replace(first, directions={})
+    kept = {"stem": range(10)}  # what queries, keys and values are made of changes
+    plain, done = (cut(program, first, kept, x, repair_=repair, seed=0, progress=lambda *_: None) for repair in (False, True))
+    assert done.proof <= 1e-9 and done.state.alive == {each.group: (0, 1, 2), "stem": tuple(range(10))}
+    assert done.repaired is not None and done.repaired.kept
     name = str(operand(program.nodes[each.queries.maker.node], 1).target)
-    before, after = (Engine.of(c.state.program).params[name] for c in (plain, first))
+    before, after = (Engine.of(c.state.program).params[name] for c in (plain, done))
     same = (before == after).flatten(1).all(1)
     assert len(same) == 2 * 3 * 3 + 3 * 4  # of queries and keys, and of values
-    assert same[:18].all() and not same[18:].any()
+    assert not same[18:].any() and (not same[:18].any() if known else same[:18].all())
 
 
 @pytest.mark.parametrize("last", ["unbind", "select", "sum"])

@@ -15,7 +15,7 @@ so well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,9 @@ class Directions:
 
     queries: torch.Tensor
     keys: torch.Tensor
+
+
+QUERIES, KEYS = operator.attrgetter("queries"), operator.attrgetter("keys")
 
 
 # --- where they are -----------------------------------------------------------------------------------------------------
@@ -293,11 +296,40 @@ def rotated(params: Mapping[str, torch.Tensor], each: Attention, along: Directio
     return first | turned({**params, **first}, each.keys, along.keys)
 
 
-def turned_rows(program: Program, groups: Collection[str]) -> dict[str, Entries]:
-    """By operator, its output channels that are queries or keys of these groups: a cut puts directions in their places."""
-    found: dict[str, Entries] = {}
-    for each in attentions(program).values():
-        for side in (each.queries, each.keys) if each.group in groups else ():
-            rows = np.sort(side.rows.reshape(-1))
-            found[side.maker.node] = np.union1d(found.get(side.maker.node, rows), rows)
-    return found
+def composed(
+    dense: Program, alive: Mapping[str, Sequence[int]], before: Directions | None, now: Directions, group: str
+) -> Directions:
+    """Directions `now` of a network that has these channels of the dense one's, as directions of the dense network's heads; those
+    of heads that are gone are zero. `before`: what its size consists of already, None where that is whole.
+    """
+    each = attentions(dense)[group]
+    stays = ~dense.gone({name: kept for name, kept in alive.items() if name != group})
+    found = []
+    for side, of in ((each.queries, QUERIES), (each.keys, KEYS)):
+        entries = dense.dims[operand(dense.nodes[side.maker.node], 1).name][0]
+        assert entries is not None
+        heads, basis = torch.from_numpy(stays[entries][side.rows].all(1)), of(now)
+        whole = torch.zeros(len(heads), basis.shape[1], side.rows.shape[1], dtype=basis.dtype)
+        whole[heads] = basis @ of(before)[heads] if before else basis
+        found.append(whole)
+    return Directions(*found)
+
+
+def aimed(
+    found: Iterable[Attention], node: str, y: torch.Tensor, alive: Mapping[str, Sequence[int]], known: Mapping[str, Directions]
+) -> tuple[torch.Tensor, Entries]:
+    """(outputs [n, O] of a dense operator with directions in the places of a size's channels that are alive; those outputs of
+    which no directions are known).
+    """
+    lost: Entries = np.empty(0, np.int64)
+    for each in found:
+        for side, of in ((each.queries, QUERIES), (each.keys, KEYS)):
+            if side.maker.node != node or each.group not in alive:
+                continue
+            places = side.rows[:, list(alive[each.group])]
+            if each.group in known:
+                turned = torch.einsum("nhd,hrd->nhr", y[:, side.rows], of(known[each.group]).to(y.dtype))
+                y = y.index_copy(1, torch.from_numpy(places.reshape(-1)), turned.flatten(1))
+            else:
+                lost = np.union1d(lost, places)
+    return y, lost

@@ -16,7 +16,7 @@ import torch
 from toolkit.graph import Program, apply, prove
 from toolkit.graph.modular import Modular
 from toolkit.prune.attention import IMAGES as MOMENT_IMAGES
-from toolkit.prune.attention import attentions, directions, rotated
+from toolkit.prune.attention import Directions, attentions, composed, directions, rotated
 from toolkit.prune.consumers import unscored
 from toolkit.prune.effects import TIERS, Sensitivity, affordable, measure_effects, sensitivities
 from toolkit.prune.engine import Engine, cache
@@ -37,10 +37,13 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class State:
-    """The network after some rounds: `alive` has the surviving original channels of every group that was cut."""
+    """The network after some rounds: `alive` has the surviving original channels of every group that was cut, `directions` what
+    of the dense network's queries and keys stands in their places, as far as known.
+    """
 
     program: Program
     alive: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    directions: Mapping[str, Directions] = field(default_factory=dict)
 
     def widths(self, dense: Program) -> dict[str, int]:
         return {g.name: len(self.alive.get(g.name, range(g.width))) for g in dense.groups}
@@ -228,29 +231,44 @@ def cut(
 
     Of queries' and keys' sizes, channel i is the i-th direction.
     """
-    whole = turned(state.program, kept, images)
+    whole, along = turned(state.program, kept, images)
     sliced = apply(whole, kept)
     proof = prove(whole, sliced, kept, seed)
     alive = dict(state.alive)
     for name, indices in kept.items():
         before = alive.get(name, tuple(range(dense.group(name).width)))
         alive[name] = tuple(before[i] for i in indices)
+    known = {
+        **state.directions,
+        **{
+            name: composed(dense, state.alive, state.directions.get(name), found, name)
+            for name, found in along.items()
+            if name in state.directions or name not in state.alive
+        },
+    }
     if not repair_ or not alive:
-        return Cut(State(sliced, alive), proof, None)
-    done = repair(Engine.of(dense), sliced, alive, torch.from_numpy(images[: repair_images(dense, len(images))]), progress)
-    return Cut(State(done.program, alive), proof, done)
+        return Cut(State(sliced, alive, known), proof, None)
+    sample = torch.from_numpy(images[: repair_images(dense, len(images))])
+    done = repair(Engine.of(dense), sliced, alive, sample, progress, directions=known)
+    return Cut(State(done.program, alive, known), proof, done)
 
 
-def turned(program: Program, kept: Mapping[str, Sequence[int]], images: np.ndarray[Any, Any]) -> Program:
-    """The program with the directions of queries and keys as their channels, where a plan makes their size smaller."""
+def turned(
+    program: Program, kept: Mapping[str, Sequence[int]], images: np.ndarray[Any, Any]
+) -> tuple[Program, dict[str, Directions]]:
+    """(the program with the directions of queries and keys as their channels, where a plan makes their size smaller; those that
+    it keeps).
+    """
     sizes = {name: each for name, each in attentions(program).items() if name in kept}
     if not sizes:
-        return program
+        return program, {}
     engine = Engine.of(program)
-    params = dict(engine.params)
+    params, found = dict(engine.params), {}
     for name, along in directions(engine, sizes.values(), torch.from_numpy(images[:MOMENT_IMAGES])).items():
         params |= rotated(params, sizes[name], along)
-    return with_parameters(program, params)
+        stay = list(kept[name])
+        found[name] = Directions(along.queries[:, stay], along.keys[:, stay])
+    return with_parameters(program, params), found
 
 
 def repair_images(program: Program, available: int) -> int:

@@ -25,7 +25,7 @@ from torch.fx import Node
 from toolkit.graph import Branch, Program
 from toolkit.graph.program import attribute, operand
 from toolkit.graph.rules import aten
-from toolkit.prune.attention import turned_rows
+from toolkit.prune.attention import Directions, aimed, attentions
 from toolkit.prune.consumers import Consumer, can_shift, consumer, grouped, matrix, product, rows, shifted, target_rows
 from toolkit.prune.engine import Cached, Engine, Values, chunked, distortion, joined
 from toolkit.prune.positions import Importance, Positions, chosen, position_importance
@@ -270,6 +270,7 @@ def repair(
     images: torch.Tensor,
     progress: Progress,
     orders: Mapping[str, Sequence[int]] | None = None,
+    directions: Mapping[str, Directions] | None = None,
 ) -> Repaired:
     """Repair every operator behind the first cut.
 
@@ -278,6 +279,7 @@ def repair(
         alive: per group the surviving original channels; groups that are missing are whole.
         images: at least two calibration inputs [M, ...], better some hundred; the last eighth is held back for judging.
         orders: by operator, where its output channels have come from among the surviving ones; those missing are in order.
+        directions: of queries' and keys' sizes that were cut; those missing are left as they are.
     """
     program = pruned
     judges = min(max(2, round(len(images) * JUDGED)), len(images) // 2)  # one alone has no spread
@@ -290,7 +292,7 @@ def repair(
     joins = {name: j for name, c in consumers.items() if (j := join_of(program, c))}
     sampled = {name: chosen(matters[name], limit_rows(c, len(images)), name) for name, c in consumers.items()}
     targets = dense_targets(dense, consumers, sampled, joins, images)
-    directions = turned_rows(dense.program, alive)  # of queries and keys; the dense network has none of them to aim at
+    sizes = attentions(dense.program).values()
     engine = Engine.of(program)
     params = dict(engine.params)
     chunks = chunked(program, images)
@@ -309,8 +311,8 @@ def repair(
                 keep = surviving(dense.program, operand(dense.program.nodes[node.name], 1).name, 0, alive)
                 if orders and node.name in orders:
                     keep = keep[torch.as_tensor(orders[node.name])]
-                target = targets.pop(node.name)[:, keep]
-                known = torch.from_numpy(~np.isin(keep.numpy(), directions[node.name])) if node.name in directions else None
+                target, lost = aimed(sizes, node.name, targets.pop(node.name), alive, directions or {})
+                target, known = target[:, keep], torch.from_numpy(~np.isin(keep.numpy(), lost))
                 other = None
                 if node.name in joins:
                     rest = joins[node.name].rest
