@@ -113,6 +113,8 @@ def test_no_other_directions_lose_less_of_the_logits(seed, width, samples) -> No
     def lost(left: torch.Tensor, right: torch.Tensor) -> float:
         return float((q @ k.T - q @ left.T @ right @ k.T).square().sum())
 
+    shares = [side[0] @ moment[0] @ side[0].T for side, moment in zip((found.queries, found.keys), moments, strict=True)]
+    assert torch.allclose(*shares, atol=1e-3 * float(shares[0].max()))  # neither side is the larger
     best = lost(found.queries[0, :width], found.keys[0, :width])
     singular = torch.linalg.svdvals(q @ k.T)
     expected = float(singular[width:6].square().sum())
@@ -120,6 +122,27 @@ def test_no_other_directions_lose_less_of_the_logits(seed, width, samples) -> No
     for _ in range(5):
         mix = torch.from_numpy(rng.standard_normal((6, 6)))
         assert lost(mix[:width], torch.linalg.inv(mix).T[:width]) >= best * (1 - 1e-6) - 1e-6
+
+
+def test_heads_that_meet_in_another_order_have_the_directions_of_those_that_they_meet() -> None:
+    class Straight(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, t, _ = x.shape
+            q, k, v = (layer(x).view(n, t, 6, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.head(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, t, 24).mean(1))
+
+    torch.manual_seed(0)
+    model, straight = Deranged(), Straight()
+    straight.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for theirs, own in ((straight.k.weight, model.k.weight), (straight.k.bias, model.k.bias)):
+            theirs.copy_(own.view(3, 2, 4, -1).transpose(0, 1).reshape(own.shape))
+    found = []
+    for network in (model, straight):
+        program = trace(network, torch.randn(1, 7, 8))
+        engine, x, each = in_double(program), images(program, 6).double(), only(program)
+        found.append(outputs(engine.with_params(narrowed(engine.params, each, along(engine, each, x), 2)), x))
+    assert torch.allclose(*found, atol=1e-9)
 
 
 def test_keys_alike_at_all_tokens_cost_nothing() -> None:

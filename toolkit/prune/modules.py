@@ -467,12 +467,12 @@ def modular_cut(
     modules = cluster(found, count, how, seed)
     modular = regroup(program, modules, count, names)
     proof = max(done.proof, prove_modules(program, modules, modular, seed))
-    alive, repaired = done.state.alive, done.repaired
+    alive, directions, repaired = done.state.alive, done.state.directions, done.repaired
     if repair_:
         sample = torch.from_numpy(images[: repair_images(dense, len(images))])
-        repaired = repair(Engine.of(dense), modular.program, alive, sample, progress, output_orders(modular))
+        repaired = repair(Engine.of(dense), modular.program, alive, sample, progress, output_orders(modular), directions)
         modular = replace(modular, program=repaired.program)
-    return Cut(State(modular.program, alive), proof, repaired, Form(program, modules, modular))
+    return Cut(State(modular.program, alive, directions), proof, repaired, Form(program, modules, modular))
 
 
 def output_orders(modular: Modular) -> dict[str, list[int]]:

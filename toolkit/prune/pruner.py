@@ -238,14 +238,10 @@ def cut(
     for name, indices in kept.items():
         before = alive.get(name, tuple(range(dense.group(name).width)))
         alive[name] = tuple(before[i] for i in indices)
-    known = {
-        **state.directions,
-        **{
-            name: composed(dense, state.alive, state.directions.get(name), found, name)
-            for name, found in along.items()
-            if name in state.directions or name not in state.alive
-        },
-    }
+    known = dict(state.directions)
+    for name, found in along.items():
+        if name in known or name not in state.alive:  # else those of an earlier cut are not known
+            known[name] = composed(dense, state.alive, known.get(name), found, name)
     if not repair_ or not alive:
         return Cut(State(sliced, alive, known), proof, None)
     sample = torch.from_numpy(images[: repair_images(dense, len(images))])
