@@ -102,6 +102,18 @@ def test_a_size_that_something_looks_into_is_held(pattern) -> None:
     assert all(held_groups(program)[name] for name in sizes)
 
 
+def test_a_size_whose_queries_are_measured_besides_is_held() -> None:
+    class Measured(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, t, _ = x.shape
+            q, k, v = (layer(x).view(n, t, 6, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            y = (q @ k.mT).softmax(-1) @ v * q.norm(dim=-1, keepdim=True)
+            return self.head(y.transpose(1, 2).reshape(n, t, 24).mean(1))
+
+    program = trace(Measured(), torch.randn(1, 7, 8))
+    assert not attentions(program) and any(g.kind == "head_dim" for g in program.prunable)
+
+
 @given(st.integers(0, 999), st.integers(1, 5), st.integers(2, 40))
 def test_no_other_directions_lose_less_of_the_logits(seed, width, samples) -> None:
     """Of queries and keys independent of each other, by brute force over all pairs; the loss is what the docstring says."""

@@ -144,8 +144,6 @@ def side(program: Program, node: Node, units: Entries, *, turned: bool) -> Side 
     if maker is None or maker.groups > 1 or not bool((index == index[:, :1]).all()):
         return None
     rows, heads = np.unique(index[:, 0].numpy(), axis=0, return_inverse=True)
-    if len(np.unique(rows)) != rows.size:
-        return None
     return Side(node.name, maker, rows, heads.reshape(-1), turned)
 
 
