@@ -101,7 +101,7 @@ def attentions(program: Program) -> dict[str, Attention]:
 def attention(program: Program, group: ChannelGroup) -> Attention | None:
     """The attention of which the group is the size; None where it is more than that."""
     units = program.units[group.name]
-    if len(group.consumers) != 1 or program.reduced.intersection(units.tolist()):
+    if len(group.consumers) != 1:
         return None
     node = program.nodes[group.consumers[0]]
     if node.target not in (*ATTENTION, *PRODUCTS):
