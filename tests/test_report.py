@@ -448,6 +448,13 @@ def test_a_method_without_effects_shows_none() -> None:
     assert "effects" not in {attributes.get("id") for _, attributes in page.elements}
 
 
+def test_a_group_without_effects_is_not_drawn_as_one_of_no_effect() -> None:
+    first, *others = samples.report().groups
+    unscored = msgspec.structs.replace(first, name="blocks.0.attn.qkv:head_dim", categories=CategoryCounts())
+    drawn = figures.effects([unscored, *others])
+    assert others[0].name in drawn and unscored.name not in drawn
+
+
 def test_a_figure_of_many_groups_says_how_many_it_shows() -> None:
     assert "; the first 64 of 135" in page_of("missed, not valid, no labels, hostile")
     assert "; the first" not in page_of("met")

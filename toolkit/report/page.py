@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.report import figures, units
-from toolkit.schema import Comparison, GroupReport, KernelTime, ModuleGraph, Report
+from toolkit.schema import Comparison, KernelTime, ModuleGraph, Report
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IDLE = 0.95  # of its dense time: a cut that leaves more has bought nothing
@@ -61,7 +61,7 @@ def html(report: Report, comparison: Comparison, modules: ModuleGraph | None = N
         categories=figures.CATEGORIES,
         groups_shown=figures.GROUPS_SHOWN,
         held=units.by_reason(report.unprunable),
-        effects_known=_has_effects(report.groups),
+        effects_known=sum(map(figures.has_effects, report.groups)),
         gauge=_gauge(report),
         quality=_quality(report),
         reasons=_reasons(report, comparison),
@@ -85,17 +85,13 @@ def _draw(report: Report, comparison: Comparison, modules: ModuleGraph | None) -
         found["widths"] = figures.widths(report.groups)
     if any(group.responses for group in report.groups):
         found["responses"] = figures.responses(report.groups)
-    if _has_effects(report.groups):
+    if any(map(figures.has_effects, report.groups)):
         found["effects"] = figures.effects(report.groups)
     if report.kernels:
         found["kernels"] = figures.kernels(report)
     if modules:
         found["modules"] = figures.modules(modules)
     return found
-
-
-def _has_effects(groups: Sequence[GroupReport]) -> bool:
-    return any(getattr(group.categories, name) for group in groups for name in figures.CATEGORIES)
 
 
 def _gauge(report: Report) -> Mapping[str, float]:
