@@ -247,7 +247,7 @@ def allocatable(
     held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
     if method in BY_CHANNEL:
         held |= dict.fromkeys(
-            attentions(program), f"its channels are directions, found anew at every cut; {method} goes by channels"
+            attentions(program), "its channels are directions, found anew at every cut; the method goes by channels"
         )
     held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
     unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
