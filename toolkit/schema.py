@@ -569,12 +569,24 @@ class Artefact(Record, frozen=True, kw_only=True):
     quantization: Quantization | None = None
 
 
+class JointLength(Record, frozen=True, kw_only=True):
+    """An axis of a parameter whose length after a plan is `form`, as several groups divide its entries among them."""
+
+    parameter: str
+    axis: int
+    form: DimForm
+
+
 class Groups(Record, frozen=True, kw_only=True):
-    """`groups.json`: the dense program's channel groups and the shapes of its parameters and buffers."""
+    """`groups.json`: the dense program's channel groups and the shapes of its parameters and buffers.
+
+    An axis is shortened by what its places say, each by itself; `joint` has those where groups multiply, as heads and their size.
+    """
 
     schema: int = SCHEMA
     groups: tuple[ChannelGroup, ...]
     dense_shapes: dict[str, tuple[int, ...]]
+    joint: tuple[JointLength, ...] = ()
 
 
 class Evaluation(Record, frozen=True, kw_only=True):

@@ -92,7 +92,7 @@ def moved(node: Node, order: list[int | None]) -> bool:
     elif node.target in SQUEEZES and order[argument(node, 1) % len(order)] is None:
         del order[argument(node, 1) % len(order)]
     else:
-        return node.target in COPIES
+        return node.target in COPIES and node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype
     return True
 
 

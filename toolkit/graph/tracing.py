@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from toolkit.errors import ModelError
 from toolkit.graph.fused import split_fused
 from toolkit.graph.rules import entrywise, indexing, mixing, reshaping
-from toolkit.graph.rules.core import PARTS_RULES, RULES, Shape, concrete, operators
+from toolkit.graph.rules.core import PARTS_RULES, RULES, Shape, argument, concrete, operators
 from toolkit.graph.rules.reshaping import COPIES, PERMUTES, VIEWS, order_of
 
 ASSERTIONS = operators("_assert_tensor_metadata", "_assert_scalar", "_assert_async.msg", "sym_constrain_range_for_size")
@@ -89,7 +89,9 @@ def tell_scales(module: GraphModule) -> None:
     """Write down attention's default scale, that of the head size: it stays what it was when the size is cut."""
     for node in module.graph.nodes:
         if node.target in mixing.ATTENTION and node.kwargs.get("scale") is None and len(node.args) < 7:
-            node.update_kwarg("scale", 1 / math.sqrt(node.args[0].meta["val"].shape[-1]))
+            query = argument(node, 0)
+            value = attribute(module, str(query.target)) if query.op == "get_attr" else query.meta["val"]
+            node.update_kwarg("scale", 1 / math.sqrt(value.shape[-1]))
     module.recompile()
 
 

@@ -39,6 +39,7 @@ from toolkit.schema import ChannelGroup
 IMAGES = 64  # that second moments are taken of
 FLOOR = 1e-6  # of the largest eigenvalue of a moment: less is as good as nothing
 MOVES = (*PERMUTES, *operators("select.int", "slice.Tensor", "unsqueeze", "squeeze.dim"))
+SHIFTED = tuple(operators("add.Tensor", "sub.Tensor", "masked_fill.Scalar", "masked_fill.Tensor", "where.self"))
 SCALED = tuple(operators("mul.Tensor", "div.Tensor", "mul.Scalar", "div.Scalar"))
 
 
@@ -109,11 +110,17 @@ def attention(program: Program, group: ChannelGroup) -> Attention | None:
     first = 1 if node.target in operators("addmm", "baddbmm") else 0
     left = side(program, operand(node, first), units, turned=False)
     right = side(program, operand(node, first + 1), units, turned=node.target not in ATTENTION)
-    if left is None or right is None or {left.maker.node, right.maker.node} != set(group.producers):
+    if left is None or right is None or {left.maker.node, right.maker.node} != set(group.producers) or alike(left, right):
         return None
     keys = softened(program, node)
     pair = paired(program, *((right, left) if keys == 0 else (left, right)))
     return pair and Attention(group.name, *pair, relative=keys is not None)
+
+
+def alike(left: Side, right: Side) -> bool:
+    """Whether both sides have rows of parameters in common: what turns one then turns the other."""
+    both = {left.maker.weight, left.maker.bias} & {right.maker.weight, right.maker.bias} - {""}
+    return bool(both) and bool(np.isin(left.rows, right.rows).any())
 
 
 def softened(program: Program, node: Node) -> int | None:
@@ -128,6 +135,8 @@ def softened(program: Program, node: Node) -> int | None:
             axis = argument(node, 1, "dim")
             varies = [bool((index != index.narrow(axis, 0, 1)).any()) for index in tokens]
             return varies.index(True) if sum(varies) == 1 else None
+        if not (movable(node) or node.target in SHIFTED):
+            return None
         tokens = [moved(program, node, index) for index in tokens]
         if tokens[0].shape != program.shapes.get(node.name):
             return None
@@ -150,7 +159,10 @@ def side(program: Program, node: Node, units: Entries, *, turned: bool) -> Side 
 def paired(program: Program, queries: Side, keys: Side) -> tuple[Side, Side] | None:
     """Both sides with their heads in one order; None where a head of one side meets several of the other."""
     shapes = [program.shapes[each.operand][:-2] for each in (queries, keys)]
-    whole = np.broadcast_shapes(*shapes)
+    try:
+        whole = np.broadcast_shapes(*shapes)
+    except ValueError:  # keys for several queries' heads
+        return None
     sides = [
         np.broadcast_to(each.heads.reshape(shape), whole).reshape(-1) for each, shape in zip((queries, keys), shapes, strict=True)
     ]
@@ -170,7 +182,7 @@ def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
         axis = 1 if node.target is aten.conv2d.default else len(shape) - 1
         return node, torch.arange(shape[axis]).reshape(-1, *[1] * (len(shape) - 1 - axis)).expand(shape)
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or (node.target in SCALED and isinstance(node.args[1], Node)):
+    if not isinstance(source, Node):
         return None
     if node.target is operator.getitem:
         if source.target not in SPLITS:
@@ -178,10 +190,17 @@ def rows_of(program: Program, node: Node) -> tuple[Node, torch.Tensor] | None:
         found, axis = rows_of(program, operand(source, 0)), argument(source, 2, "dim", 0)
         sizes = [each[axis] for each in program.part_shapes[source.name]]
         return found and (found[0], torch.split(found[1], sizes, axis)[argument(node, 1)])
-    if node.target not in (*VIEWS, *EXPANSIONS, *MOVES, *COPIES, *SCALED):
+    if not movable(node):
         return None
     found = rows_of(program, source)
     return found and (found[0], moved(program, node, found[1]))
+
+
+def movable(node: Node) -> bool:
+    """Whether an operator does nothing but move its input's entries, or multiply all by one number."""
+    if node.target in (*MOVES, *SCALED):
+        return not any(isinstance(a, Node) for a in node.args[1:])
+    return node.target in (*VIEWS, *EXPANSIONS, *COPIES)
 
 
 def moved(program: Program, node: Node, index: torch.Tensor) -> torch.Tensor:
@@ -276,7 +295,7 @@ def turned(params: Mapping[str, torch.Tensor], side: Side, by: torch.Tensor) -> 
     c = side.maker
     found: Values = {}
     for path in (c.weight, c.bias) if c.bias else (c.weight,):
-        changed = params[path].clone()
+        changed = params[path].clone(memory_format=torch.contiguous_format)
         flat = changed.view(len(changed), -1)
         flat[side.rows] = (by @ flat[side.rows].double()).to(flat.dtype)
         found[path] = changed

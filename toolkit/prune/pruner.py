@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from toolkit.errors import ProofError
 from toolkit.graph import Program, apply, prove
 from toolkit.graph.modular import Modular
-from toolkit.prune.attention import IMAGES as MOMENT_IMAGES
+from toolkit.graph.proof import flat
 from toolkit.prune.attention import Directions, attentions, composed, directions, rotated
 from toolkit.prune.consumers import unscored
 from toolkit.prune.effects import TIERS, Sensitivity, affordable, measure_effects, sensitivities
-from toolkit.prune.engine import Engine, cache
+from toolkit.prune.engine import Engine, cache, joined
 from toolkit.prune.repair import Repaired, outputs, repair, with_parameters
 from toolkit.prune.responses import GroupResponses, causal_order, group_responses, magnitude_order, size_responses
 from toolkit.schema import Effect
@@ -30,6 +31,7 @@ FIT_MACS = 1e12  # likewise for the images that responses are solved on
 FIT_IMAGES = (64, 384)
 CRITICAL = 100.0  # how much more a critical or undecided channel costs, in C-SWAP
 CACHE_BYTES = 2e9  # activations that scoring may hold
+TURNED = 1e-3  # relative, how far outputs in float32 may be off once queries and keys are directions
 REPAIR_BYTES = 3e9  # activations that the repair may hold
 
 Progress = Callable[[str, float, float], None]
@@ -231,7 +233,7 @@ def cut(
 
     Of queries' and keys' sizes, channel i is the i-th direction.
     """
-    whole, along = turned(state.program, kept, images)
+    whole, along = along_directions(state.program, kept, images)
     sliced = apply(whole, kept)
     proof = prove(whole, sliced, kept, seed)
     alive = dict(state.alive)
@@ -249,7 +251,7 @@ def cut(
     return Cut(State(done.program, alive, known), proof, done)
 
 
-def turned(
+def along_directions(
     program: Program, kept: Mapping[str, Sequence[int]], images: np.ndarray[Any, Any]
 ) -> tuple[Program, dict[str, Directions]]:
     """(the program with the directions of queries and keys as their channels, where a plan makes their size smaller; those that
@@ -260,11 +262,19 @@ def turned(
         return program, {}
     engine = Engine.of(program)
     params, found = dict(engine.params), {}
-    for name, along in directions(engine, sizes.values(), torch.from_numpy(images[:MOMENT_IMAGES])).items():
+    for name, along in directions(engine, sizes.values(), torch.from_numpy(images)).items():
         params |= rotated(params, sizes[name], along)
         stay = list(kept[name])
         found[name] = Directions(along.queries[:, stay], along.keys[:, stay])
-    return with_parameters(program, params), found
+    whole = with_parameters(program, params)
+    with torch.no_grad():
+        before, after = (joined(flat(module(program.example))) for module in (program.module, whole.module))
+    if not float((after - before).abs().max()) <= TURNED * float(before.abs().max()):
+        raise ProofError(
+            "Turning queries and keys into their directions changed the network.",
+            f"Please report this model. Go on with {' '.join(f'--keep {name}' for name in sizes)}.",
+        )
+    return whole, found
 
 
 def repair_images(program: Program, available: int) -> int:

@@ -50,6 +50,7 @@ from toolkit.run.prepare import (
     Target,
     Traced,
     allocatable,
+    groups_record,
     latency_table,
     load_and_trace,
     load_images,
@@ -68,7 +69,6 @@ from toolkit.schema import (
     FineTuned,
     GroupPlan,
     GroupReport,
-    Groups,
     KernelTime,
     Manifest,
     Plan,
@@ -756,8 +756,7 @@ def write_run(job: loop.Job, traced: Traced, outcome: loop.Outcome, artefacts: S
         out / "evaluation.json",
         Evaluation(data=job.images.evaluation_path, classes=request.classes, indices=tuple(int(i) for i in job.images.indices)),
     )
-    shapes = {name: tuple(value.shape) for name, value in job.program.module.state_dict().items()}
-    save_json(out / "groups.json", Groups(groups=job.program.groups, dense_shapes=shapes))
+    save_json(out / "groups.json", groups_record(job.program))
     save_json(out / "plan.json", make_plan(job, outcome, report))
     save_json(
         out / "manifest.json",

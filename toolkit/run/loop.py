@@ -347,9 +347,12 @@ def time_pair(job: Job, path: Path, fresh: bool = False) -> Comparison:
 
 
 def options(job: Job, state: State) -> dict[str, tuple[int, ...]]:
-    """Candidate widths from here on: none wider than the group is by now."""
-    now = state.widths(job.program)
-    return {name: tuple(w for w in widths if w <= now[name]) or (now[name],) for name, widths in job.candidates.items()}
+    """Candidate widths from here on: none wider than the group is by now; its own where it is no group by itself any more."""
+    now, groups = state.widths(job.program), {g.name for g in state.program.groups}
+    return {
+        name: tuple(w for w in widths if w <= now[name] and name in groups) or (now[name],)
+        for name, widths in job.candidates.items()
+    }
 
 
 def solve(job: Job, state: State, scores: Scores, share: float, part: float = 1.0, refinements: int = REFINEMENTS) -> Allocation:

@@ -27,13 +27,13 @@ from toolkit.latency import ModelTable, VariantMaker, adopt_table, choose_probe_
 from toolkit.models import LoadedModel, load_model, resolve_preprocess
 from toolkit.prune.attention import attentions
 from toolkit.prune.pruner import candidate_widths, floor_state, held_groups
-from toolkit.schema import Fingerprint, Format, Precision, Preprocess, Profile, RunRequest, TableHeader
+from toolkit.schema import Fingerprint, Format, Groups, JointLength, Precision, Preprocess, Profile, RunRequest, TableHeader
 
 Progress = Callable[[str, float, float], None]
 EVALUATION_SHARE = 0.25
 EXTRA_NETWORKS = 3
 DENSE_INFERENCES, LEAST_INFERENCES, MEASURING_S = 2400, 800, (50.0, 180.0)
-BY_CHANNEL = ("cswap", "psap")  # methods that know channels by an effect or a norm of their own
+ALONG_DIRECTIONS = ("causal", "crespr")  # the other methods rank channels, which the size of queries and keys has none of
 MIN_CALIBRATION = 4  # images; a paired interval of fewer says nothing
 
 
@@ -236,6 +236,18 @@ def load_and_trace(model: str, weights: str, preprocess: Preprocess | None, seed
     return Traced(loaded, chosen, trace(loaded.module, example_input((1, *chosen.input[1:]))))
 
 
+def groups_record(program: Program) -> Groups:
+    """What `groups.json` says of a program."""
+    joint: dict[tuple[str, int], JointLength] = {}
+    for node in program.module.graph.nodes:
+        for axis, entries in enumerate(program.dims.get(node.name, ())) if node.op == "get_attr" else ():
+            form = program.form(entries) if entries is not None else None
+            if form and any(len(names) > 1 for names, _ in form.terms):
+                joint[str(node.target), axis] = JointLength(parameter=str(node.target), axis=axis, form=form)
+    shapes = {name: tuple(value.shape) for name, value in program.module.state_dict().items()}
+    return Groups(groups=program.groups, dense_shapes=shapes, joint=tuple(joint.values()))
+
+
 def allocatable(
     program: Program, keep: Sequence[str] = (), min_width: int = 1, method: str = "causal"
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -245,10 +257,9 @@ def allocatable(
         UsageError: a pattern that matches nothing, or nothing is left to prune.
     """
     held = {g.name: g.reason for g in program.groups if not g.prunable} | held_groups(program)
-    if method in BY_CHANNEL:
-        held |= dict.fromkeys(
-            attentions(program), "its channels are directions, found anew at every cut; the method goes by channels"
-        )
+    if method not in ALONG_DIRECTIONS:
+        directed = "its channels are directions, found anew at every cut; the method goes by channels"
+        held = dict.fromkeys(attentions(program), directed) | held
     held |= {g.name: "kept on request" for g in program.groups if any(fnmatch(g.name, pattern) for pattern in keep)}
     unmatched = [pattern for pattern in keep if not any(fnmatch(g.name, pattern) for g in program.groups)]
     if unmatched:

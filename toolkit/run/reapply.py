@@ -12,17 +12,17 @@ import numpy as np
 from toolkit.errors import UsageError
 from toolkit.export import Wanted, export_artefacts, from_program, save_program, save_weights
 from toolkit.graph import Program
+from toolkit.prune.attention import attentions
 from toolkit.prune.pruner import Cut, State, cut
 from toolkit.prune.repair import Repaired
 from toolkit.run.export import Place, find_place
-from toolkit.run.prepare import Progress, Traced, load_and_trace, load_images
+from toolkit.run.prepare import Progress, Traced, groups_record, load_and_trace, load_images
 from toolkit.schema import (
     NO_BUDGET,
     Artefact,
     Budget,
     ExportRequest,
     GroupPlan,
-    Groups,
     Plan,
     Preprocess,
     Pruned,
@@ -66,6 +66,9 @@ def prune(
     progress("trace", 0, 1)
     traced = load_and_trace(model, weights, preprocess, seed)
     kept = checked(traced.program, written, str(plan))
+    if not data and (narrowed := attentions(traced.program).keys() & kept.keys()):
+        message = f"Which directions of {sorted(narrowed)[0]} stay depends on images: the plan makes queries and keys narrower."
+        raise UsageError(message, "Give --data as for `run`.")
     progress("trace", 1, 1)
     images = np.empty((0, *traced.preprocess.input[1:]), np.float32)
     if data:
@@ -78,8 +81,7 @@ def prune(
     folder.mkdir(parents=True, exist_ok=True)
     artefacts = write(traced, done, place, images, folder, progress)
     save_json(folder / "plan.json", written)
-    shapes = {name: tuple(value.shape) for name, value in traced.program.module.state_dict().items()}
-    save_json(folder / "groups.json", Groups(groups=traced.program.groups, dense_shapes=shapes))
+    save_json(folder / "groups.json", groups_record(traced.program))
     repaired, smaller = done.repaired, done.state.program
     record = Pruned(
         model=model,
