@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import patterns
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from patterns import attention as attentive
 from test_graph import traced
 from torch import nn
 
+from toolkit.errors import ProofError
 from toolkit.graph import apply, example_input, prove, trace
 from toolkit.graph.program import operand
-from toolkit.prune import attention
+from toolkit.prune import attention, pruner
 from toolkit.prune.attention import Attention, Directions, aimed, attentions, balanced, directions, narrowed, rotated
 from toolkit.prune.engine import Engine, distortion
 from toolkit.prune.positions import relative
 from toolkit.prune.pruner import State, cut, held_groups, score
 from toolkit.prune.repair import outputs, surviving, with_parameters
+from toolkit.run.loop import options
 
 PLAIN = [
     attentive.FusedAttention, attentive.ChunkedAttention, attentive.SeparateAttention, attentive.MultiheadFirst,
@@ -99,7 +103,7 @@ def test_a_size_that_something_looks_into_is_held(pattern) -> None:
     program = traced(pattern)
     assert not attentions(program)
     sizes = [g.name for g in program.prunable if g.kind == "head_dim"]
-    assert all(held_groups(program)[name] for name in sizes)
+    assert sizes and all(held_groups(program)[name] for name in sizes)
 
 
 def test_a_size_whose_queries_are_measured_besides_is_held() -> None:
@@ -112,6 +116,98 @@ def test_a_size_whose_queries_are_measured_besides_is_held() -> None:
 
     program = trace(Measured(), torch.randn(1, 7, 8))
     assert not attentions(program) and any(g.kind == "head_dim" for g in program.prunable)
+
+
+def attending(make) -> type[nn.Module]:
+    """A network whose attention is `make(module, x) -> [N, tokens, 24]`."""
+
+    class Attending(Deranged):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(make(self, x).mean(1))
+
+    return Attending
+
+
+def by_head(x: torch.Tensor, size: int = 4) -> torch.Tensor:
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def together(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def one_projection(m, x):
+    q = by_head(m.q(x))
+    return together((q @ q.mT).softmax(-1) @ by_head(m.v(x)))
+
+
+def one_projection_twice(m, x):
+    return together((by_head(m.q(x)) @ by_head(m.q(x * 0.5)).mT).softmax(-1) @ by_head(m.v(x)))
+
+
+def fewer_keys(m, x):
+    k, v = (by_head(layer(x))[:, :2] for layer in (m.k, m.v))
+    return together(F.scaled_dot_product_attention(by_head(m.q(x)), k, v, enable_gqa=True))
+
+
+def as_many_tokens_as_images(m, x):
+    return together((by_head(m.q(x)) @ by_head(m.k(x))[:, :, : len(x)].mT).softmax(-1) @ by_head(m.v(x))[:, :, : len(x)])
+
+
+@pytest.mark.parametrize("make", [one_projection, one_projection_twice, fewer_keys, as_many_tokens_as_images])
+def test_what_is_not_one_projection_for_each_side_is_held(make) -> None:
+    program = trace(attending(make)(), torch.randn(1, 7, 8))
+    assert not attentions(program)
+    assert all(held_groups(program)[g.name] for g in program.prunable if g.kind == "head_dim")
+
+
+def test_queries_that_depend_on_no_image_are_traced() -> None:
+    def latent(m, x):
+        q = by_head(m.q(m.latents)).expand(len(x), -1, -1, -1)
+        return together(F.scaled_dot_product_attention(q, by_head(m.k(x)), by_head(m.v(x))))
+
+    model = attending(latent)()
+    model.latents = nn.Parameter(torch.randn(1, 5, 8))
+    program, x = trace(model, torch.randn(1, 7, 8)), torch.randn(3, 7, 8)
+    assert torch.allclose(program.module(x), model(x), atol=1e-6)
+    for group in program.prunable:
+        kept = {group.name: range(max(1, group.width // 2))}
+        assert prove(program, apply(program, kept), kept) <= 1e-9
+
+
+def test_logits_bent_on_the_way_to_a_softmax_are_not_relative() -> None:
+    def capped(m, x):
+        return together((by_head(m.q(x)) @ by_head(m.k(x)).mT).tanh().softmax(-1) @ by_head(m.v(x)))
+
+    assert not only(trace(attending(capped)(), torch.randn(1, 7, 8))).relative
+
+
+def test_convolutions_in_any_layout_are_turned() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.head = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (by_head(part.flatten(2).mT) for part in self.qkv(x).chunk(3, 1))
+            return self.head(together((q @ k.mT).softmax(-1) @ v).mean(1))
+
+    program = trace(Mapped().to(memory_format=torch.channels_last), torch.randn(1, 3, 6, 6))
+    each, x = only(program), images(program, 8).numpy()
+    done = cut(program, State(program), {each.group: range(2)}, x, repair_=False, seed=0, progress=lambda *_: None)
+    assert done.proof <= 1e-9
+
+
+def test_a_turn_that_changes_the_network_is_refused(monkeypatch) -> None:
+    program = traced(attentive.FusedAttention)
+    monkeypatch.setattr(pruner, "rotated", narrowed_by_half)
+    with pytest.raises(ProofError, match="changed the network.* --keep qkv:head_dim"):
+        cut(program, State(program), {only(program).group: range(2)}, images(program, 8).numpy(), repair_=False, seed=0,
+            progress=lambda *_: None)  # fmt: skip
+
+
+def narrowed_by_half(params, each, found):
+    return {each.keys.maker.weight: 0.5 * params[each.keys.maker.weight]}
 
 
 @given(st.integers(0, 999), st.integers(1, 5), st.integers(2, 40))
@@ -287,6 +383,16 @@ def test_what_the_dense_network_has_in_the_places_of_directions(model) -> None:
             assert torch.equal(unknown, dense) and set(side.rows[:, list(state.alive[each.group])].flat) <= set(lost)
 
 
+def test_no_width_is_promised_of_a_size_that_is_no_group_any_more() -> None:
+    program = traced(attentive.FusedAttention)
+    job = SimpleNamespace(program=program, candidates={only(program).group: (1, 2, 3, 4), "qkv:heads": (0, 1, 2, 3)})
+    single = State(apply(program, {"qkv:heads": [1]}), {"qkv:heads": (1,)})
+    assert "qkv:head_dim" not in {g.name for g in single.program.groups}
+    assert options(job, single)["qkv:head_dim"] == (4,)
+    pair = State(apply(program, {"qkv:heads": [1, 2]}), {"qkv:heads": (1, 2)})
+    assert options(job, pair) == {"qkv:head_dim": (1, 2, 3, 4), "qkv:heads": (0, 1, 2)}
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_queries_and_keys_are_repaired_where_their_directions_are_known(scored, known) -> None:
     program, x, each, _ = scored
@@ -301,6 +407,20 @@ def test_queries_and_keys_are_repaired_where_their_directions_are_known(scored, 
     same = (before == after).flatten(1).all(1)
     assert len(same) == 2 * 3 * 3 + 3 * 4  # of queries and keys, and of values
     assert not same[18:].any() and (not same[:18].any() if known else same[:18].all())
+
+
+def test_parts_that_are_cast_on_the_way_are_not_split() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(len(x), -1, 3, 8).double().unbind(2)
+            return q - k + v
+
+    model, x = Cast(), example_input((2, 5, 8))
+    assert trace(model, x[:1]).module(x).dtype == model(x).dtype == torch.float64
 
 
 @pytest.mark.parametrize("last", ["unbind", "select", "sum"])

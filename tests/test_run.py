@@ -17,6 +17,7 @@ import networks
 import numpy as np
 import patterns
 import pytest
+from safetensors import safe_open
 
 from toolkit import run as job
 from toolkit.budget import parse_budget
@@ -27,7 +28,7 @@ from toolkit.run.evaluate import judge
 from toolkit.run.loop import rounds_for
 from toolkit.run.prepare import allocatable, variant_maker
 from toolkit.run.reapply import prune
-from toolkit.schema import DimForm, Plan, Preprocess, Report, RunRequest, load_json
+from toolkit.schema import DimForm, Groups, Plan, Preprocess, Report, RunRequest, load_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -282,13 +283,48 @@ def test_heads_get_smaller_where_channels_are_allocated_and_no_smaller_where_cha
     assert size.kept == tuple(range(size.width_after))
     failed = [line.split()[1] for line in verify(tmp_path / "out")[1].splitlines() if line.startswith("FAIL")]
     assert set(failed) <= {"timing", "budget"}  # what this machine takes is not what the simulated one does
-    again = prune(
-        wanted.model, tmp_path / "out" / "plan.json", tmp_path / "again", quiet,
-        data=wanted.data, preprocess=wanted.preprocess, profile="simulated-cpu",
-    )  # fmt: skip
-    assert again.widths["qkv:head_dim"] == size.width_after
     scored = job.run(msgspec.structs.replace(wanted, method="cswap", out=str(tmp_path / "scored"), rounds=1), quiet)
     assert dict(scored.unprunable)["qkv:head_dim"].startswith("its channels are directions")
+
+
+def written(groups: list[dict[str, object]]) -> dict[str, object]:
+    """A plan of these groups, as a person would write it."""
+    figures = dict.fromkeys(("dense_ns", "budget_ns", "target_ns", "predicted_ns", "optimality_gap"), 1.0)
+    return {
+        "schema": 1,
+        "model": "",
+        "method": "causal",
+        "seed": 0,
+        "profile": "",
+        "table": "",
+        **figures,
+        "rounds": 1,
+        "groups": groups,
+    }
+
+
+@pytest.mark.slow
+def test_a_plan_that_makes_heads_fewer_and_smaller_is_applied_and_told(tmp_path) -> None:
+    (tmp_path / "net.py").write_text(networks.ATTENTIVE)
+    model, preprocess = f"{tmp_path / 'net.py'}:model", Preprocess(input=(1, 1, 32, 32), mean=(0.31,), std=(0.35,))
+    program = prepare.load_and_trace(model, "", preprocess, 0).program
+    wanted = {"qkv:heads": (1,), "qkv:head_dim": (0, 1, 2, 3, 4, 5, 6, 7)}
+    groups = [
+        {"name": g.name, "kind": g.kind, "width_before": g.width, "kept": (kept := wanted.get(g.name, tuple(range(g.width)))),
+         "width_after": len(kept), "removed": {}} for g in program.groups
+    ]  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(written(groups)))
+    with pytest.raises(UsageError, match="depends on images.* Give --data"):
+        prune(model, tmp_path / "plan.json", tmp_path / "out", quiet, preprocess=preprocess, repair=False)
+    prune(model, tmp_path / "plan.json", tmp_path / "out", quiet, preprocess=preprocess, data=request(tmp_path, "1x").data)
+    told = load_json(Groups, tmp_path / "out" / "groups.json")
+    widths = {g.name: len(wanted.get(g.name, range(g.width))) for g in program.groups}
+    with safe_open(str(tmp_path / "out" / "weights.safetensors"), "numpy") as opened:
+        lengths = {
+            (j.parameter, j.axis): (j.form.at(widths), opened.get_slice(j.parameter).get_shape()[j.axis]) for j in told.joint
+        }
+    assert lengths["qkv.weight", 0] == (40, 40) == lengths["qkv.bias", 0]
+    assert all(told == is_ for told, is_ in lengths.values())
 
 
 @pytest.mark.slow
