@@ -69,7 +69,8 @@ def taken_apart(view: Node, axis: int) -> tuple[dict[Node, int], list[int]]:
     while True:
         users = list(node.users)
         place = order.index(axis)
-        if users and all(u.target in SELECTS and argument(u, 1) % len(order) == place for u in users):
+        chosen = [argument(u, 2) for u in users if u.target in SELECTS and argument(u, 1) % len(order) == place]
+        if users and len(chosen) == len(users) and all(isinstance(index, int) for index in chosen):
             leaves = {u: argument(u, 2) % shape(node)[place] for u in users}
         elif len(users) == 1 and users[0].target in UNBINDS and argument(users[0], 1, "dim", 0) % len(order) == place:
             leaves = {u: u.args[1] for u in users[0].users if u.target is operator.getitem}

@@ -31,9 +31,9 @@ from toolkit.graph.rules.mixing import ATTENTION, PRODUCTS
 from toolkit.graph.rules.reducing import SOFTMAXES
 from toolkit.graph.rules.reshaping import COPIES, EXPANSIONS, PERMUTES, SPLITS, VIEWS
 from toolkit.prune.consumers import Consumer, consumer, matrix
-from toolkit.prune.engine import Engine, Values, joined
+from toolkit.prune.engine import Engine, Values
 from toolkit.prune.positions import IMAGES as POSITION_IMAGES
-from toolkit.prune.positions import relative
+from toolkit.prune.positions import relative, squared_gradients
 from toolkit.schema import ChannelGroup
 
 IMAGES = 64  # that second moments are taken of
@@ -237,19 +237,10 @@ def directions(engine: Engine, found: Iterable[Attention], images: torch.Tensor)
 
 def token_importance(engine: Engine, sides: Mapping[str, Side], pieces: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     """By operand, what an error in a token's query or key counts [heads, tokens]: as `positions` has it of outputs' positions."""
-    generator = torch.Generator().manual_seed(0)
     found: dict[str, torch.Tensor] = {}
-    for piece in pieces:
-        with torch.enable_grad():
-            out, kept = engine.run(piece.detach().requires_grad_(), keep=sides)
-            logits = joined(out)
-            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
-            reached = {name: value for name, value in kept.items() if value.requires_grad}
-            grads = torch.autograd.grad((logits * signs).sum(), list(reached.values()), allow_unused=True) if reached else ()
-        moved = dict(zip(reached, grads, strict=True))
-        for name, value in kept.items():
-            grad = moved.get(name)
-            power = sides[name].vectors(torch.zeros_like(value) if grad is None else grad.square()).sum(-1).double()
+    for squares in squared_gradients(engine, pieces, sides):
+        for name, square in squares.items():
+            power = sides[name].vectors(square).sum(-1).double()
             heads = torch.zeros(len(sides[name].rows), power.shape[1], dtype=torch.float64)
             heads.index_add_(0, torch.from_numpy(sides[name].heads), power)
             found[name] = found[name] + heads if name in found else heads

@@ -13,7 +13,7 @@ sums over the sample are then unbiased (Horvitz and Thompson 1952).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +39,28 @@ def position_importance(engine: Engine, images: torch.Tensor, seed: int = 0) -> 
     """w [L] of every convolution and linear by name: one backward pass over at most IMAGES images."""
     program = engine.program
     consumers = {n.name: c for n in program.module.graph.nodes if (c := consumer(program, n))}
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
-    for chunk in chunked(program, images[:IMAGES], backward=True):
+    for squares in squared_gradients(engine, chunked(program, images[:IMAGES], backward=True), consumers, seed):
+        for name, square in squares.items():
+            power = by_image(consumers[name], square).sum((0, 2))
+            found[name] = found.get(name, torch.zeros(len(power), dtype=torch.float64)) + power.double()
+    return {name: relative(power) for name, power in found.items()}
+
+
+def squared_gradients(
+    engine: Engine, pieces: Iterable[torch.Tensor], names: Collection[str], seed: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """|d(v . f) / dy|^2 of these nodes' outputs y, piece by piece of the images, v of random signs; zeros where y is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    for piece in pieces:
         with torch.enable_grad():
-            out, outputs = engine.run(chunk.detach().requires_grad_(), keep=consumers)
+            out, outputs = engine.run(piece.detach().requires_grad_(), keep=names)
             logits = joined(out)
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
             reached = {name: y for name, y in outputs.items() if y.requires_grad}
             grads = torch.autograd.grad((logits * signs).sum(), list(reached.values()), allow_unused=True) if reached else ()
         moved = dict(zip(reached, grads, strict=True))
-        for name, y in outputs.items():
-            grad = moved.get(name)
-            power = by_image(consumers[name], torch.zeros_like(y) if grad is None else grad.square()).sum((0, 2))
-            found[name] = found.get(name, torch.zeros(len(power), dtype=torch.float64)) + power.double()
-    return {name: relative(power) for name, power in found.items()}
+        yield {name: torch.zeros_like(y) if (grad := moved.get(name)) is None else grad.square() for name, y in outputs.items()}
 
 
 def relative(power: torch.Tensor) -> torch.Tensor:
