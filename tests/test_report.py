@@ -453,6 +453,9 @@ def test_a_group_without_effects_is_not_drawn_as_one_of_no_effect() -> None:
     unscored = msgspec.structs.replace(first, name="blocks.0.attn.qkv:head_dim", categories=CategoryCounts())
     drawn = figures.effects([unscored, *others])
     assert others[0].name in drawn and unscored.name not in drawn
+    page = html(samples.report(groups=(unscored, *others)), samples.comparison())
+    row = page.split(f"<tr><th>{unscored.name}</th>")[1].split("</tr>")[0]
+    assert row.count("–</td>") == 2
 
 
 def test_a_figure_of_many_groups_says_how_many_it_shows() -> None:

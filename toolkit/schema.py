@@ -421,6 +421,11 @@ class CategoryCounts(Record, frozen=True, kw_only=True):
     detrimental: int = 0
     undecided: int = 0
 
+    @property
+    def total(self) -> int:
+        """Channels of any category; none where no effects were measured."""
+        return self.critical + self.neutral + self.detrimental + self.undecided
+
 
 class GroupPlan(Record, frozen=True, kw_only=True):
     """Decision for one group: `kept` lists the surviving channel indices in ascending order; empty drops the branch."""

@@ -319,14 +319,9 @@ def _edges(centres: Sequence[float]) -> list[float]:
     return [max(0.0, 2 * centres[0] - first), *inner, min(1.0, 2 * centres[-1] - last)]
 
 
-def has_effects(group: GroupReport) -> bool:
-    """Whether effects of the group's channels were measured."""
-    return any(getattr(group.categories, name) for name in CATEGORIES)
-
-
 def effects(groups: Sequence[GroupReport]) -> str:
     """Mean causal effect of every group that has one, with its 95 % interval."""
-    shown = _shown([group for group in groups if has_effects(group)])
+    shown = _shown([group for group in groups if group.categories.total])
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()

@@ -61,7 +61,7 @@ def html(report: Report, comparison: Comparison, modules: ModuleGraph | None = N
         categories=figures.CATEGORIES,
         groups_shown=figures.GROUPS_SHOWN,
         held=units.by_reason(report.unprunable),
-        effects_known=sum(map(figures.has_effects, report.groups)),
+        effects_known=sum(bool(group.categories.total) for group in report.groups),
         gauge=_gauge(report),
         quality=_quality(report),
         reasons=_reasons(report, comparison),
@@ -85,7 +85,7 @@ def _draw(report: Report, comparison: Comparison, modules: ModuleGraph | None) -
         found["widths"] = figures.widths(report.groups)
     if any(group.responses for group in report.groups):
         found["responses"] = figures.responses(report.groups)
-    if any(map(figures.has_effects, report.groups)):
+    if any(group.categories.total for group in report.groups):
         found["effects"] = figures.effects(report.groups)
     if report.kernels:
         found["kernels"] = figures.kernels(report)

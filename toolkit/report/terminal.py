@@ -150,7 +150,7 @@ def _widths(report: Report) -> Table:
             str(group.width_before),
             str(group.width_after) if group.width_after else "dropped",
             "#" * kept + "." * (10 - kept),
-            units.small(group.effect_mean),
+            units.small(group.effect_mean) if group.categories.total else "",
         )
     rest = report.groups[GROUPS_SHOWN:]
     if rest:
